@@ -1,0 +1,42 @@
+# make quickstart | install | test | check | bench
+PYTHON ?= python3
+BIN := .venv/bin
+# A package index with CPU builds of torch, if pip's default one offers only accelerator builds, e.g.
+#   make quickstart TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: quickstart install test test-slow check bench clean
+
+quickstart: install
+	$(BIN)/mneme data build quickstart
+	$(BIN)/mneme train v4_nano
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip==26.3
+	$(BIN)/python -m pip install --progress-bar off torch==2.13.0 numpy -c constraints.txt \
+		$(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	$(BIN)/python -m pip install --progress-bar off -c constraints.txt -e '.[test]'
+	touch $@
+
+test: install
+	$(BIN)/pytest
+
+test-slow: install
+	$(BIN)/pytest -m "slow and not gpu and not npu" --timeout 300
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: install
+	$(BIN)/mneme bench cli
+	$(BIN)/mneme bench step
+
+clean:
+	rm -rf runs corpus .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,1 @@
+"""What a person types: commands, recipes, launching, reports. Nobody imports this package."""

@@ -1,0 +1,42 @@
+"""Whether the corpus that a recipe names is there and fits; `mneme train` and `resume` ask first."""
+
+import json
+from pathlib import Path
+
+from train.config import RunConfig
+
+
+def corpus_problems(config: RunConfig) -> list[str]:
+    """What is missing on disk, or does not fit, for this recipe to be trained."""
+    problems = []
+    splits = ["train", "validation"] if config.evaluate.every_steps else ["train"]
+    for name, source in config.data.sources.items():
+        missing = [split for split in splits if not (Path(source.path) / split).is_dir()]
+        if missing:
+            problems.append(
+                f"data.sources.{name}.path={source.path}: no {' or '.join(missing)} shards there; "
+                "make them with: mneme data build quickstart"
+            )
+    tokenizer = Path(config.data.tokenizer)
+    if not tokenizer.is_file():
+        problems.append(
+            f"data.tokenizer={tokenizer}: no such file; make it with: mneme data build quickstart"
+        )
+    elif (size := _tokenizer_size(tokenizer)) > config.model.vocab_size:
+        problems.append(
+            f"model.vocab_size={config.model.vocab_size}: smaller than the {size} tokens of "
+            f"{tokenizer}; use model.vocab_size={size}"
+        )
+    return problems
+
+
+def _tokenizer_size(path: Path) -> int:
+    """One more than the highest token id of a `tokenizers` file; 0 if it is no such file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        ids = [token["id"] for token in content.get("added_tokens", [])]
+        vocab = content["model"]["vocab"]
+        ids += vocab.values() if isinstance(vocab, dict) else range(len(vocab))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return 0
+    return max(ids, default=-1) + 1

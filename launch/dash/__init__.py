@@ -1,0 +1,1 @@
+"""Live local dashboard of loss curves and monitors."""

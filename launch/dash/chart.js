@@ -1,0 +1,217 @@
+// Draws curves on a canvas. Knows points, scales and pixels; page.js knows runs and the server.
+
+const SHORT = [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]];
+
+/** A number for people: 4 significant digits, thousands as k, M, G, T. */
+export function formatNumber(value) {
+  if (value === null || value === undefined || Number.isNaN(value)) return "not finite";
+  const size = Math.abs(value);
+  if (size !== 0 && size < 1e-3) return String(Number(value.toPrecision(3)).toExponential());
+  for (const [unit, letter] of SHORT) {
+    if (size >= unit && size >= 1e4) return `${trim(value / unit)}${letter}`;
+  }
+  return trim(value);
+}
+
+function trim(value) {
+  return String(Number(value.toPrecision(4)));
+}
+
+/** The unit, [seconds, name], in which a span of seconds reads well. */
+export function timeUnit(seconds) {
+  if (seconds < 120) return [1, "s"];
+  return seconds < 7200 ? [60, "min"] : [3600, "h"];
+}
+
+/** Exponential moving average without the pull to zero at the start; gaps (null) stay gaps. */
+export function smooth(points, weight) {
+  let mean = 0;
+  let mass = 0;
+  return points.map(([x, y]) => {
+    if (y === null) return [x, null];
+    mean = weight * mean + (1 - weight) * y;
+    mass = weight * mass + (1 - weight);
+    return [x, mean / mass];
+  });
+}
+
+/** Round numbers that cover [low, high], about `count` of them. */
+export function linearTicks(low, high, count) {
+  const rough = (high - low) / count;
+  const power = 10 ** Math.floor(Math.log10(rough));
+  const step = [1, 2, 5, 10].map((m) => m * power).find((s) => s >= rough);
+  const ticks = [];
+  for (let i = Math.ceil(low / step); i * step <= high + step * 1e-9; i += 1) ticks.push(i * step);
+  return ticks;
+}
+
+function logTicks(low, high) {
+  const ticks = [];
+  for (let power = Math.floor(Math.log10(low)); power <= Math.log10(high); power += 1) {
+    for (const m of [1, 2, 5]) {
+      const tick = m * 10 ** power;
+      if (tick >= low && tick <= high) ticks.push(tick);
+    }
+  }
+  return ticks.length >= 2 ? ticks : linearTicks(low, high, 5);
+}
+
+/** Range of coordinate `index` (0: x, 1: y) over all curves, or null without a finite point. */
+function extent(curves, index, keep) {
+  let low = Infinity;
+  let high = -Infinity;
+  for (const points of curves) {
+    for (const point of points) {
+      const value = point[index];
+      if (value === null || !keep(point)) continue;
+      if (value < low) low = value;
+      if (value > high) high = value;
+    }
+  }
+  return low > high ? null : [low, high];
+}
+
+function widen([low, high], log) {
+  if (log) return low === high ? [low / 2, high * 2] : [low / 1.05, high * 1.05];
+  const pad = high > low ? (high - low) * 0.05 : Math.abs(high) * 0.1 || 1;
+  return [low - pad, high + pad];
+}
+
+/** Maps values of `domain` to pixels of `range`, by ratio if `log`. */
+function scale(domain, range, log) {
+  const f = log ? Math.log : (v) => v;
+  const [from, to] = domain.map(f);
+  const slope = (range[1] - range[0]) / (to - from || 1);
+  const forward = (value) => range[0] + (f(value) - from) * slope;
+  forward.invert = (pixel) => {
+    const value = from + (pixel - range[0]) / slope;
+    return log ? Math.exp(value) : value;
+  };
+  return forward;
+}
+
+/** A canvas context in CSS pixels, cleared and sharp on any screen. */
+function prepare(canvas) {
+  const ratio = window.devicePixelRatio || 1;
+  const { clientWidth: width, clientHeight: height } = canvas;
+  canvas.width = Math.round(width * ratio);
+  canvas.height = Math.round(height * ratio);
+  const context = canvas.getContext("2d");
+  context.scale(ratio, ratio);
+  return { context, width, height };
+}
+
+/**
+ * Draw curves and axes; returns the plot's box and scales (for hovering), or null without points.
+ * curves: [{points: [[x, y|null]], raw: same or null, color, dashed}], x ascending.
+ * options: {log, small, zoom: [x, x]|null, xUnit: [size, name]|null, theme: {text, grid, line}}
+ */
+export function drawChart(canvas, curves, options) {
+  const { context, width, height } = prepare(canvas);
+  const shown = curves.flatMap((curve) => (curve.raw ? [curve.points, curve.raw] : [curve.points]));
+  const xRange = options.zoom ?? extent(shown, 0, () => true);
+  if (!xRange) return null;
+  const inside = ([x, y]) => x >= xRange[0] && x <= xRange[1] && (!options.log || y > 0);
+  const yRange = extent(shown, 1, inside);
+  if (!yRange) return null;
+  const box = options.small
+    ? { left: 46, right: width - 4, top: 6, bottom: height - 6 }
+    : { left: 58, right: width - 10, top: 8, bottom: height - 26 };
+  const xDomain = xRange[0] < xRange[1] ? xRange : [xRange[0] - 1, xRange[1] + 1];
+  const x = scale(xDomain, [box.left, box.right], false);
+  const yDomain = widen(yRange, options.log);
+  const y = scale(yDomain, [box.bottom, box.top], options.log);
+
+  context.font = `${options.small ? 10 : 11.5}px ${getComputedStyle(canvas).fontFamily}`;
+  drawAxes(context, { x, y, xDomain, yDomain, box }, options);
+  context.save();
+  context.beginPath();
+  context.rect(box.left, box.top - 2, box.right - box.left, box.bottom - box.top + 4);
+  context.clip();
+  context.lineJoin = "round";
+  const drawable = (value) => value !== null && (!options.log || value > 0);
+  for (const curve of curves) {
+    context.strokeStyle = context.fillStyle = curve.color;
+    context.setLineDash(curve.dashed ? [6, 3] : []);
+    if (curve.raw) drawLine(context, curve.raw, x, y, drawable, 1, 0.25);
+    drawLine(context, curve.points, x, y, drawable, options.small ? 1.25 : 1.9, 1);
+    if (curve.points.length <= 40) drawDots(context, curve.points, x, y, drawable, options.small);
+  }
+  context.restore();
+  return { context, box, x, y };
+}
+
+function drawAxes(context, { x, y, xDomain, yDomain, box }, options) {
+  const { theme, small, log, xUnit } = options;
+  context.strokeStyle = theme.grid;
+  context.fillStyle = theme.text;
+  context.lineWidth = 1;
+  const ticks = log ? logTicks(...yDomain) : linearTicks(...yDomain, small ? 4 : 6);
+  context.textAlign = "right";
+  context.textBaseline = "middle";
+  for (const tick of ticks) {
+    const pixel = Math.round(y(tick)) + 0.5;
+    line(context, box.left, pixel, box.right, pixel);
+    context.fillText(formatNumber(tick), box.left - 7, pixel);
+  }
+  if (small) return;
+  context.textAlign = "center";
+  context.textBaseline = "top";
+  const [size, unit] = xUnit ?? [1, ""];
+  const count = Math.max(3, (box.right - box.left) / 110);
+  for (const tick of linearTicks(xDomain[0] / size, xDomain[1] / size, count)) {
+    const pixel = Math.round(x(tick * size)) + 0.5;
+    const label = `${formatNumber(tick)} ${unit}`.trim();
+    context.strokeStyle = theme.line;
+    line(context, pixel, box.bottom, pixel, box.bottom + 4);
+    const half = context.measureText(label).width / 2;
+    context.fillText(label, Math.min(pixel, box.right + 10 - half), box.bottom + 8);
+  }
+  line(context, box.left, box.bottom + 0.5, box.right, box.bottom + 0.5);
+}
+
+export function line(context, x0, y0, x1, y1) {
+  context.beginPath();
+  context.moveTo(x0, y0);
+  context.lineTo(x1, y1);
+  context.stroke();
+}
+
+/** A polyline with gaps; of many points in one pixel column only extremes are drawn. */
+function drawLine(context, points, x, y, drawable, width, opacity) {
+  context.lineWidth = width;
+  context.globalAlpha = opacity;
+  context.beginPath();
+  let pen = false;
+  let column = null;
+  let low = 0;
+  let high = 0;
+  for (const [px, py] of points) {
+    if (!drawable(py)) {
+      pen = false;
+      column = null;
+      continue;
+    }
+    const across = x(px);
+    const down = y(py);
+    const sameColumn = column === Math.round(across);
+    if (sameColumn && down >= low && down <= high) continue;
+    low = sameColumn ? Math.min(low, down) : down;
+    high = sameColumn ? Math.max(high, down) : down;
+    column = Math.round(across);
+    if (pen) context.lineTo(across, down);
+    else context.moveTo(across, down);
+    pen = true;
+  }
+  context.stroke();
+  context.globalAlpha = 1;
+}
+
+function drawDots(context, points, x, y, drawable, small) {
+  for (const [px, py] of points) {
+    if (!drawable(py)) continue;
+    context.beginPath();
+    context.arc(x(px), y(py), small ? 1.8 : 3, 0, 2 * Math.PI);
+    context.fill();
+  }
+}

@@ -1,0 +1,132 @@
+"""`mneme train` and `mneme resume`: from checked recipe to finished attempt and summary.
+
+`launch.cli` calls these; what runs the ranks is `launch.local`. No torch.
+"""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from launch.compose import Recipe, RecipeError, change, compose
+from launch.corpus import corpus_problems
+from launch.local import run_ranks
+from launch.run_dir import (
+    RunDirError,
+    held,
+    new_run_dir,
+    started_in,
+    write_environment,
+    write_recipe,
+)
+from launch.runs import next_token_loss, read_metrics, read_status
+from launch.schema import flatten, show
+from train.checkpoint.commit import newest_checkpoint
+from train.config import RunConfig
+from train.recipe import load_resolved
+
+CHANGEABLE = (
+    *("train.steps", "train.micro_batch_size"),
+    *("checkpoint", "evaluate", "monitor", "launch", "parallel"),
+)
+"""What may change when a run goes on: how long and how it is run, not what is learned from what."""
+
+
+def train(recipe: str, overrides: Sequence[str], *, nproc: int | None, run_dir: Path | None) -> int:
+    """Train a recipe in a new run directory; returns the exit code of the command.
+
+    Raises:
+        RecipeError, RunDirError: the user's input is wrong; nothing was started.
+    """
+    composed = compose(recipe, overrides, nproc=nproc)
+    path = _prepare(composed, run_dir)
+    print(f"run directory: {path}", flush=True)
+    return _run_and_summarize(path, composed.config)
+
+
+def _prepare(recipe: Recipe, run_dir: Path | None) -> Path:
+    """Check that the corpus is there and make the run directory that ranks can start from.
+
+    Raises:
+        RecipeError: the corpus is missing or does not fit.
+        RunDirError: the directory is in use.
+    """
+    if problems := corpus_problems(recipe.config):
+        raise RecipeError(problems)
+    path = new_run_dir(recipe.config.name, run_dir)
+    write_environment(path)
+    write_recipe(path, recipe.config, recipe.overrides)
+    return path
+
+
+def resume(run_dir: Path, overrides: Sequence[str]) -> int:
+    """Continue a run from its newest checkpoint; returns the exit code of the command.
+
+    Raises:
+        RecipeError, RunDirError: the user's input is wrong; nothing was started.
+    """
+    if not (run_dir / "recipe.yaml").is_file():
+        raise RunDirError(f"{run_dir}: holds no run (no recipe.yaml); `mneme train` starts one")
+    with held(run_dir):  # refused here if another launcher has it
+        pass
+    before = load_resolved(run_dir / "recipe.yaml")
+    config = change(before, overrides, CHANGEABLE)
+    if problems := corpus_problems(config):
+        raise RecipeError([*problems, *_started_elsewhere(run_dir)])
+    newest = newest_checkpoint(run_dir)
+    step = newest[0] if newest else 0
+    if step >= config.train.steps:
+        print(
+            f"{run_dir}: all {config.train.steps} steps are done; to go on, type\n"
+            f"  mneme resume {run_dir} train.steps={2 * step}"
+        )
+        return 0
+    print(f"{run_dir}: continuing after step {step} of {config.train.steps}")
+    for line in _differences(before, config):
+        print(f"  {line}")
+    write_environment(run_dir)
+    if config != before:
+        write_recipe(run_dir, config, overrides)
+    return _run_and_summarize(run_dir, config)
+
+
+def _started_elsewhere(run_dir: Path) -> list[str]:
+    """A hint for a corpus that is not found: its path may be relative to another directory."""
+    directory = started_in(run_dir)
+    if directory is None or directory == Path.cwd():
+        return []
+    return [f"the run was started in {directory}: go there, or make the paths absolute"]
+
+
+def _differences(before: RunConfig, after: RunConfig) -> list[str]:
+    """`key: old -> new` for every value that differs."""
+    old, new = flatten(before), flatten(after)
+    return [
+        f"{key}: {show(old.get(key))} -> {show(new.get(key))}"
+        for key in dict.fromkeys([*old, *new])
+        if old.get(key) != new.get(key)
+    ]
+
+
+def _run_and_summarize(run_dir: Path, config: RunConfig) -> int:
+    started = time.monotonic()
+    code = run_ranks(run_dir, config)
+    seconds = time.monotonic() - started
+    status = read_status(run_dir)
+    losses = [loss for row in read_metrics(run_dir) if (loss := next_token_loss(row)) is not None]
+    print(f"{status['state']} after {seconds:.0f} s, at step {status['step']}: {run_dir}")
+    if losses:
+        print(f"loss: {losses[0]:.4f} at the first step, {losses[-1]:.4f} at the last")
+    for command, purpose in _next_commands(run_dir, config, str(status["state"])):
+        print(f"  {command:<60} {purpose}")
+    return code
+
+
+def _next_commands(run_dir: Path, config: RunConfig, state: str) -> list[tuple[str, str]]:
+    if state == "done":
+        longer = f"mneme resume {run_dir} train.steps={2 * config.train.steps}"
+        return [
+            (f"mneme dash {run_dir.parent}", "curves in the browser"),
+            (longer, "train on"),
+            ("mneme ablate engram", "what the memory is worth"),
+        ]
+    return [(f"mneme resume {run_dir}", "continue"), (f"mneme logs {run_dir}", "what ranks said")]

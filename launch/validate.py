@@ -1,0 +1,276 @@
+"""Rules that the types cannot express: ranges, and values that have to fit each other.
+
+One small function a rule; `validate` runs them all and reports everything at once, with values
+that work. What is not implemented yet is refused here by name. No torch.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from parallel.layout import ParallelLayout
+from train.config import RunConfig
+
+Problems = Iterator[str]
+Rule = Callable[[RunConfig], Problems]
+
+_MAY_BE_ZERO = {
+    "model.num_dense_layers",
+    "model.moe.num_shared_experts",
+    "model.engram.seed",
+    "model.engram.pad_token_id",
+    "model.mtp_depth",
+    "data.prefetch_batches",
+    "optim.weight_decay",
+    "optim.warmup_steps",
+    "optim.final_fraction",
+    "optim.decay_fraction",
+    "optim.beta1",
+    "optim.beta2",
+    "train.seed",
+    "evaluate.every_steps",
+    "model.moe.bias_update_speed",
+    "model.moe.balance_loss_weight",
+    "model.mtp_loss_weight",
+    "model.hyper_connection.gate_init",
+    "model.hyper_connection.phi_init_std",
+    "model.hyper_connection.residual_bias_init",
+}
+
+_BELOW_ONE = ("optim.beta1", "optim.beta2")
+_AT_MOST_ONE = ("optim.final_fraction", "optim.decay_fraction")
+
+
+def validate(config: RunConfig, *, nproc: int | None = None) -> list[str]:
+    """Everything that is wrong with a typed recipe, each `path=value: rule; what to type instead`.
+
+    Args:
+        config: the recipe.
+        nproc: number of ranks that are going to be started, if the user said so.
+    """
+    ranges = list(_ranges(config))
+    if ranges:
+        return ranges  # the rules below divide by these numbers
+    problems = [problem for rule in _RULES for problem in rule(config)]
+    if nproc is not None:
+        problems += _number_of_processes(config, nproc)
+    return problems
+
+
+def world_size(config: RunConfig) -> int:
+    """Ranks of the layout: data x tensor x pipeline x context."""
+    return ParallelLayout.from_config(config.parallel).world_size
+
+
+def _ranges(config: RunConfig) -> Problems:
+    """Every number is finite and positive, or may be zero; some are fractions."""
+    for path, value in _numbers(config):
+        if not math.isfinite(value):
+            yield f"{path}={value}: must be finite"
+        elif value < 0 and path in _MAY_BE_ZERO:
+            yield f"{path}={value}: must not be negative; use {path}=0 or more"
+        elif value <= 0 and path not in _MAY_BE_ZERO:
+            example = f"use {path}=1 or more" if isinstance(value, int) else "use more than 0"
+            yield f"{path}={value}: must be positive; {example}"
+        elif path in _BELOW_ONE and value >= 1:
+            yield f"{path}={value}: must be below 1; for example {path}=0.9"
+        elif path in _AT_MOST_ONE and value > 1:
+            yield f"{path}={value}: is a fraction; use a value from 0 to 1"
+
+
+def _numbers(node: object, prefix: str = "") -> Iterator[tuple[str, int | float]]:
+    """Path and value of every number below a dataclass or dict; lists have rules of their own."""
+    items: list[tuple[str, object]] = []
+    if is_dataclass(node):
+        items = [(field.name, getattr(node, field.name)) for field in fields(node)]
+    elif isinstance(node, dict):
+        items = list(node.items())
+    for name, value in items:
+        if isinstance(value, dict) or is_dataclass(value):
+            yield from _numbers(value, f"{prefix}{name}.")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield prefix + name, value
+
+
+def _number_of_processes(config: RunConfig, nproc: int) -> Problems:
+    world = world_size(config)
+    if world == nproc:
+        return
+    others = world // config.parallel.data_parallel_size
+    fix = ""
+    if nproc > 0 and nproc % others == 0:
+        fix = f" or parallel.data_parallel_size={nproc // others}"
+    yield (
+        f"world size = data x tensor x pipeline x context = {world}, but --nproc {nproc}; "
+        f"use --nproc {world}{fix}"
+    )
+
+
+def _layout(config: RunConfig) -> Problems:
+    layout = ParallelLayout.from_config(config.parallel)
+    yield from layout.problems(config.model.moe.num_experts)
+
+
+def _not_implemented(config: RunConfig) -> Problems:
+    """Values of the schema whose code does not exist yet."""
+    for path, value, missing, works in (
+        ("model.attention", config.model.attention, ("dsa", "v4_hybrid"), "mla"),
+        ("model.router", config.model.router, ("hash",), "sigmoid"),
+    ):
+        if value in missing:
+            yield f"{path}={value}: not implemented yet; use {path}={works}"
+
+
+def _experts(config: RunConfig) -> Problems:
+    moe = config.model.moe
+    if moe.num_experts_per_token > moe.num_experts:
+        yield (
+            f"model.moe.num_experts_per_token={moe.num_experts_per_token}: more than "
+            f"model.moe.num_experts={moe.num_experts}; use {moe.num_experts} or fewer"
+        )
+
+
+def _batch(config: RunConfig) -> Problems:
+    batch, micro = config.train.global_batch_size, config.train.micro_batch_size
+    data = config.parallel.data_parallel_size
+    if batch % data:
+        yield (
+            f"train.global_batch_size={batch}: must be a multiple of "
+            f"parallel.data_parallel_size={data}; use {_list(_multiples(batch, data))}"
+        )
+    elif batch % (micro * data):
+        yield (
+            f"train.micro_batch_size={micro}: times parallel.data_parallel_size={data} must divide "
+            f"train.global_batch_size={batch}; use {_list(_divisors(batch // data))}, or "
+            f"train.global_batch_size={_list(_multiples(batch, micro * data))}"
+        )
+
+
+def _lanes(config: RunConfig) -> Problems:
+    lanes, data = config.data.num_lanes, config.parallel.data_parallel_size
+    batch = config.train.global_batch_size
+    if lanes is not None and (batch % lanes or lanes % data):
+        legal = [divisor for divisor in _divisors(batch) if divisor % data == 0]
+        yield (
+            f"data.num_lanes={lanes}: must divide train.global_batch_size={batch} and be a "
+            f"multiple of parallel.data_parallel_size={data}; use {_list([*legal, 'null'])}"
+        )
+
+
+def _name(config: RunConfig) -> Problems:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", config.name):
+        yield (
+            f"name={config.name}: becomes a directory, so it must be letters, digits, '_', '-' "
+            "and '.', the first a letter or digit; for example name=v4_nano"
+        )
+
+
+def _sources(config: RunConfig) -> Problems:
+    if not config.data.sources:
+        yield "data.sources={}: nothing to train on; use data=quickstart"
+
+
+def _attention(config: RunConfig) -> Problems:
+    width = config.model.mla.qk_rope_head_dim
+    if width % 2:
+        yield (
+            f"model.mla.qk_rope_head_dim={width}: rotary positions turn pairs of numbers, so it "
+            f"must be even; use {_list(_multiples(width, 2))}"
+        )
+
+
+def _layers(config: RunConfig) -> Problems:
+    model = config.model
+    if model.num_dense_layers > model.num_layers:
+        yield (
+            f"model.num_dense_layers={model.num_dense_layers}: more than "
+            f"model.num_layers={model.num_layers}; use {model.num_layers} or fewer"
+        )
+    if model.mtp_depth > 1:
+        yield (
+            f"model.mtp_depth={model.mtp_depth}: predicting more than one further token is not "
+            "implemented yet; use 0 or 1"
+        )
+
+
+def _engram(config: RunConfig) -> Problems:
+    engram, depth = config.model.engram, config.model.num_layers
+    if engram is None:
+        return
+    layers, orders = list(engram.layers), list(engram.ngram_orders)
+    outside = [layer for layer in layers if not 0 <= layer < depth]
+    if outside or not layers or len(set(layers)) < len(layers):
+        yield (
+            f"model.engram.layers={_brackets(layers)}: must be different layers from 0 to "
+            f"{depth - 1}, at least one; for example [{min(1, depth - 1)}], "
+            "or switch the memory off with model.engram=null"
+        )
+    if not orders or orders != list(range(2, len(orders) + 2)):
+        yield (
+            f"model.engram.ngram_orders={_brackets(orders)}: must be consecutive from 2; "
+            "use [2], [2,3] or [2,3,4]"
+        )
+    if engram.pad_token_id >= config.model.vocab_size:
+        yield (
+            f"model.engram.pad_token_id={engram.pad_token_id}: not a token of "
+            f"model.vocab_size={config.model.vocab_size}; use 0 to {config.model.vocab_size - 1}"
+        )
+
+
+def _evaluation(config: RunConfig) -> Problems:
+    number, data = config.evaluate.num_sequences, config.parallel.data_parallel_size
+    if config.evaluate.every_steps and number % data:
+        yield (
+            f"evaluate.num_sequences={number}: must be a multiple of "
+            f"parallel.data_parallel_size={data}; use {_list(_multiples(number, data))}, "
+            "or evaluate.every_steps=0 for none"
+        )
+
+
+def _schedule(config: RunConfig) -> Problems:
+    warmup, steps = config.optim.warmup_steps, config.train.steps
+    if warmup > steps:
+        yield (
+            f"optim.warmup_steps={warmup}: longer than train.steps={steps}; "
+            f"use optim.warmup_steps={steps // 5} or train.steps={warmup * 5}"
+        )
+
+
+_RULES: list[Rule] = [
+    _name,
+    _layout,
+    _not_implemented,
+    _experts,
+    _batch,
+    _lanes,
+    _sources,
+    _attention,
+    _layers,
+    _engram,
+    _evaluation,
+    _schedule,
+]
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+def _multiples(number: int, base: int) -> list[int]:
+    """The multiples of `base` around `number`, positive ones."""
+    below = number // base * base
+    return [value for value in (below, below + base) if value > 0]
+
+
+def _list(values: list[Any]) -> str:
+    """Values for a sentence: "1, 2 or 4"; long lists lose their middle."""
+    words = [str(value) for value in values]
+    if len(words) > 8:
+        words = [*words[:6], "...", words[-1]]
+    return " or ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else words[0]
+
+
+def _brackets(values: list[int]) -> str:
+    return str(values).replace(" ", "")

@@ -1,0 +1,179 @@
+"""The one place where a model meets its layout; called by `train.build` on a meta-device model.
+
+The order is fixed: experts are cut over the expert-parallel ranks, dispatchers are put in, and last
+FSDP2 shards everything bottom-up. Parameters are stored as DTensors, so that checkpoints reshard by
+themselves, but the model computes on plain local tensors and knows nothing of ranks.
+
+Every rank's loss is the sum over its own tokens divided by the valid labels of the whole global
+batch, so every gradient reduction is a plain sum, for dense parameters and experts alike.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from parallel.config import ParallelConfig
+from parallel.expert import AllToAllDispatcher
+from parallel.layout import ParallelLayout
+from parallel.mesh import Meshes
+
+
+@runtime_checkable
+class DispatchSite(Protocol):
+    """A mixture-of-experts layer, as far as parallelism is concerned."""
+
+    num_experts: int
+    dispatch: Callable[[Tensor, Tensor, Tensor, nn.Module], Tensor]
+    """(tokens, expert indices, expert weights, experts) -> tokens; see `AllToAllDispatcher`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelParts:
+    """The parts of a model that are treated differently."""
+
+    root: nn.Module
+    """The whole model; parameters that belong to no other part are sharded with it."""
+    blocks: Sequence[nn.Module]
+    """Modules that are gathered one after the other, in the order of the forward pass."""
+    expert_modules: Sequence[nn.Module]
+    """Modules whose parameters all have the experts as dim 0."""
+    dispatch_sites: Sequence[DispatchSite]
+    """The layers that call the expert modules."""
+    fp32_modules: Sequence[Sequence[nn.Module]] = ()
+    """Modules that keep their parameters as they are stored when the rest computes in bf16, for
+    each block in the order of its forward pass. Each is used by calling it, once per pass."""
+
+
+def apply_parallelism(
+    parts: ModelParts,
+    layout: ParallelLayout,
+    meshes: Meshes,
+    config: ParallelConfig,
+    *,
+    param_dtype: torch.dtype,
+    reduce_dtype: torch.dtype,
+) -> None:
+    """Shard a model in place; then `to_empty` and `fill_parameters` give it memory and values.
+
+    Args:
+        parts: of a model whose parameters are on the meta device, or equal on all ranks.
+        layout: the sizes.
+        meshes: built from `layout`.
+        config: whether gathered parameters are freed after the forward pass.
+        param_dtype: type that parameters are gathered and computed in; they are stored in their own.
+        reduce_dtype: type that gradients are summed over ranks in.
+
+    Raises:
+        ValueError: the layout asks for what there is not, or does not fit the number of experts.
+    """
+    _check(parts, layout)
+    for module in parts.expert_modules:
+        _shard_experts(module, meshes.ep)
+    group = meshes.ep.get_group()
+    for site in parts.dispatch_sites:
+        site.dispatch = AllToAllDispatcher(group, site.num_experts)
+    _shard(parts, meshes, config.reshard_after_forward, param_dtype, reduce_dtype)
+    for module in parts.root.modules():
+        if isinstance(module, FSDPModule):
+            # The default would divide by the ranks of each mesh, which differ for experts. Without
+            # the second call gloo would be asked for a scaled sum, which it does not have.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    parts.root.register_forward_hook(_free_without_backward)
+
+
+def set_gradient_sync(root: nn.Module, on: bool) -> None:
+    """Whether the next backward pass sums gradients over ranks; off for all but the last microbatch.
+
+    Args:
+        root: a model that `apply_parallelism` sharded.
+        on: False accumulates the unsharded gradients on each rank.
+    """
+    assert isinstance(root, FSDPModule), "apply_parallelism comes first"
+    root.set_requires_gradient_sync(on)
+
+
+def _check(parts: ModelParts, layout: ParallelLayout) -> None:
+    """Raise everything that is wrong at once, on all ranks alike, before any collective."""
+    experts = {site.num_experts for site in parts.dispatch_sites} or {1}
+    problems = {line: None for count in sorted(experts) for line in layout.problems(count)}
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def _shard_experts(experts: nn.Module, ep: DeviceMesh) -> None:
+    """Keep this rank's experts only, as DTensors sharded on dim 0."""
+    for module in experts.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            local = distribute_tensor(parameter.data, ep, [Shard(0)], src_data_rank=None)
+            replacement = nn.Parameter(local, requires_grad=parameter.requires_grad)
+            module.register_parameter(name, replacement)
+        _compute_on_local_tensors(module)
+
+
+def _compute_on_local_tensors(module: nn.Module) -> None:
+    """During `module.forward`, let `self.<parameter>` be the local tensor of a DTensor.
+
+    `nn.Module` looks a name up among parameters only when the instance has no attribute of that
+    name; FSDP2 exchanges the registered parameters and does not notice.
+    """
+
+    def show(module: nn.Module, args: object) -> None:
+        for name, parameter in module.named_parameters(recurse=False):
+            if isinstance(parameter, DTensor):
+                module.__dict__[name] = parameter.to_local()
+
+    def hide(module: nn.Module, args: object, output: object) -> None:
+        for name, _ in module.named_parameters(recurse=False):
+            module.__dict__.pop(name, None)
+
+    module.register_forward_pre_hook(show)
+    module.register_forward_hook(hide, always_call=True)
+
+
+def _shard(
+    parts: ModelParts,
+    meshes: Meshes,
+    reshard_after_forward: bool,
+    param_dtype: torch.dtype,
+    reduce_dtype: torch.dtype,
+) -> None:
+    """Apply FSDP2 bottom-up: a parameter belongs to the innermost unit around it."""
+    # The model decides the types of its activations: nothing is cast behind its back.
+    policy = MixedPrecisionPolicy(
+        param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False
+    )
+    kept = MixedPrecisionPolicy(reduce_dtype=reduce_dtype, cast_forward_inputs=False)
+    for module in parts.expert_modules:
+        fully_shard(
+            module, mesh=meshes.edp, reshard_after_forward=reshard_after_forward, mp_policy=policy
+        )
+    if param_dtype.itemsize < torch.float32.itemsize:
+        for group in filter(None, parts.fp32_modules):
+            # FSDP2 gathers a group again only when a gradient reaches the module that ran last,
+            # and gradients of an earlier one may be first. The group is small: it stays.
+            fully_shard(list(group), mesh=meshes.fsdp, reshard_after_forward=False, mp_policy=kept)
+    for block in parts.blocks:
+        fully_shard(
+            block, mesh=meshes.fsdp, reshard_after_forward=reshard_after_forward, mp_policy=policy
+        )
+    # What the root holds (embedding, head) is needed right at the start of the backward pass.
+    fully_shard(parts.root, mesh=meshes.fsdp, reshard_after_forward=False, mp_policy=policy)
+
+
+def _free_without_backward(root: nn.Module, args: object, output: object) -> None:
+    """Free what an evaluation gathered.
+
+    Only a backward pass would, and until then the model would show optimizers and checkpoints the
+    gathered parameters in place of the sharded ones.
+    """
+    if not torch.is_grad_enabled():
+        for module in root.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()

@@ -1,0 +1,1 @@
+"""One interface over accelerators, one file per vendor. The only place that names a vendor."""

@@ -1,0 +1,60 @@
+"""Choose the backend of this process; called by `train.build` before anything touches a device."""
+
+import os
+from types import MappingProxyType
+
+import torch
+
+from parallel.backend.ascend import AscendBackend
+from parallel.backend.base import Backend
+from parallel.backend.cambricon import CambriconBackend
+from parallel.backend.cpu import CpuBackend
+from parallel.backend.cuda import CudaBackend
+from parallel.backend.dry import DryBackend
+
+BACKENDS: MappingProxyType[str, type[Backend]] = MappingProxyType(
+    {
+        backend.name: backend
+        for backend in (CpuBackend, CudaBackend, AscendBackend, CambriconBackend, DryBackend)
+    }
+)
+"""By the name that a recipe uses."""
+
+
+def select_backend(name: str) -> Backend:
+    """The backend of a recipe, checked to be usable here, with its default environment set.
+
+    Args:
+        name: `parallel.backend`: a key of `BACKENDS`, or `auto` for the accelerator that torch
+            finds, and the host if it finds none of ours. The environment variable MNEME_BACKEND,
+            if set, is used instead.
+
+    Raises:
+        ValueError: there is no backend of that name.
+        RuntimeError: the backend cannot be used on this machine; says why and what to set.
+    """
+    override = os.environ.get("MNEME_BACKEND")
+    wanted, source = (override, "MNEME_BACKEND") if override else (name, "parallel.backend")
+    chosen = _detect() if wanted == "auto" else wanted
+    if chosen not in BACKENDS:
+        raise ValueError(f"{source}={wanted}: no such backend; use auto, {', '.join(BACKENDS)}")
+    backend = BACKENDS[chosen]()
+    reason = backend.why_unavailable()
+    if reason is not None:
+        found = [other for other, kind in BACKENDS.items() if kind().is_available()]
+        raise RuntimeError(
+            f"{source}={wanted}: backend {chosen} cannot be used here: {reason}. Available: "
+            f"{', '.join(found)}; set parallel.backend or MNEME_BACKEND to one of these, or auto"
+        )
+    backend.set_environment()
+    return backend
+
+
+def _detect() -> str:
+    """Name of the backend that drives torch's current accelerator; `cpu` without one of ours."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None:
+        for name, backend in BACKENDS.items():
+            if backend.device_type == accelerator.type:
+                return name
+    return CpuBackend.name

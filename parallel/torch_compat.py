@@ -1,0 +1,26 @@
+"""The only file with private names of torch. Checked with torch 2.13.0.
+
+A new torch version is checked by running the tests of this folder and adding it to the line above.
+"""
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+
+def unflatten_mesh(
+    mesh: DeviceMesh, sizes: tuple[int, ...], axis_names: tuple[str, ...]
+) -> DeviceMesh:
+    """Cut a one-dimensional mesh into several axes of the same root, row-major."""
+    return mesh._unflatten(0, sizes, axis_names)
+
+
+def flatten_mesh(mesh: DeviceMesh, axis_name: str) -> DeviceMesh:
+    """Join all axes of a mesh into one of the same root."""
+    return mesh._flatten(axis_name)
+
+
+def init_fake_process_group(rank: int, world_size: int) -> None:
+    """Join a process group that knows ranks and sizes but moves no data: no peer is needed."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: PLC0415 - registers the backend
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)

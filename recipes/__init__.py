@@ -1,0 +1,1 @@
+"""Recipes: YAML only, composed by Hydra."""

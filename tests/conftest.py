@@ -1,0 +1,23 @@
+"""Fixtures that several folders of tests share."""
+
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+from data.build import build_corpus
+from data.corpus import package_docstrings, standard_library
+
+
+@pytest.fixture(scope="session")
+def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus of real text, small enough for tests: sources `code` and `docs`, 512 tokens."""
+    destination = tmp_path_factory.mktemp("corpus") / "tiny"
+    skipped: Counter[str] = Counter()
+    sources = {
+        "code": islice(standard_library(skipped), 80),
+        "docs": islice(package_docstrings(skipped), 80),
+    }
+    build_corpus(destination, sources, vocab_size=512, skipped=skipped, progress=False)
+    return destination

@@ -1,0 +1,101 @@
+"""The whole V4 stack, trained on one rank and on sharded layouts: the same numbers in fp64."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from data.config import DataConfig, SourceConfig
+from data.loader import build_loader
+from parallel.backend.cpu import CpuBackend
+from parallel.config import ParallelConfig
+from tests.harness import run_distributed
+from train.build import build
+from train.config import OptimConfig, RunConfig, TrainConfig
+from train.evaluate import evaluate
+from train.model.config import EngramConfig, ModelConfig, MoeConfig
+from train.step import train_step
+
+STEPS = 3
+
+
+def recipe(corpus: Path, residual: str, data: int, expert: int, micro: int) -> RunConfig:
+    return RunConfig(
+        name="layouts",
+        model=ModelConfig(
+            vocab_size=512,
+            hidden_size=32,
+            num_layers=2,
+            intermediate_size=64,
+            residual=residual,  # type: ignore[arg-type]
+            moe=MoeConfig(num_experts=4, expert_intermediate_size=16, balance_loss_weight=0.01),
+            engram=EngramConfig(rows_per_head=50, head_dim=8),
+            mtp_depth=1,
+        ),
+        parallel=ParallelConfig(data_parallel_size=data, expert_parallel_size=expert),
+        data=DataConfig(
+            sources={name: SourceConfig(path=str(corpus / name)) for name in ("code", "docs")},
+            tokenizer=str(corpus / "tokenizer.json"),
+            sequence_length=48,
+        ),
+        optim=OptimConfig(warmup_steps=0, eps=1e-8),
+        train=TrainConfig(steps=STEPS, global_batch_size=8, micro_batch_size=micro, dtype="fp64"),
+    )
+
+
+def whole(value: Tensor) -> NDArray[np.float64]:
+    full = value.full_tensor() if isinstance(value, DTensor) else value
+    return full.detach().numpy().copy()
+
+
+def train_rank(rank: int, config: RunConfig) -> list[dict[str, Any]]:
+    # The harness has joined the process group already.
+    CpuBackend.init_process_group = lambda self, timeout_seconds: None  # type: ignore[method-assign]
+    training = build(config)
+    size = config.parallel.data_parallel_size
+    batches = build_loader(
+        config.data,
+        split="train",
+        seed=0,
+        global_batch_size=8,
+        data_rank=training.data_rank,
+        data_size=size,
+    )
+    found = []
+    for step in range(1, STEPS + 1):
+        record: dict[str, Any] = dict(train_step(training, next(batches)[0], step))
+        if step == 2:
+            record |= evaluate(training)
+        record["parameters"] = {
+            name: whole(value) for name, value in training.model.named_parameters()
+        }
+        record["bias"] = [moe.expert_bias.numpy().copy() for moe in training.model.moe_layers()]
+        found.append(record)
+    return found if rank == 0 else []
+
+
+CASES = [("mhc", 4, 2, 1), ("mhc", 2, 2, 2), ("mhc", 4, 4, 2), ("hc", 4, 2, 1), ("plain", 4, 2, 1)]
+
+
+@pytest.mark.parametrize(("residual", "data", "expert", "micro"), CASES)
+def test_losses_norms_and_parameters_do_not_depend_on_the_layout(
+    tiny_corpus: Path, residual: str, data: int, expert: int, micro: int
+) -> None:
+    assert "MNEME_BACKEND" not in os.environ
+    [reference] = run_distributed(train_rank, 1, recipe(tiny_corpus, residual, 1, 1, 8))
+    found = run_distributed(train_rank, data, recipe(tiny_corpus, residual, data, expert, micro))
+    for ours, theirs in zip(found[0], reference, strict=True):
+        for name in ("loss", "loss_main", "loss_mtp", "loss_balance", "grad_norm"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-12), name
+        assert ours["moe/load_cv"] == theirs["moe/load_cv"]
+        for mine, other in zip(ours["bias"], theirs["bias"], strict=True):
+            assert np.array_equal(mine, other)
+        for name, value in theirs["parameters"].items():
+            error = np.abs(ours["parameters"][name] - value).max()
+            assert error <= 1e-10, (name, error)
+    assert found[0][1]["validation/loss"] == pytest.approx(reference[1]["validation/loss"])

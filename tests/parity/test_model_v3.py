@@ -1,0 +1,116 @@
+"""Logits and all gradients against transformers' DeepSeek-V3 with the same random weights."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.unit.train.model.tiny import TINY, build, relative_error
+from train.model.transformer import Transformer
+
+CONFIG = replace(TINY, residual="plain", swiglu_limit=None)
+BLOCK_NAMES = {
+    "input_layernorm.weight": "attention_norm.weight",
+    "post_attention_layernorm.weight": "ffn_norm.weight",
+    "self_attn.q_a_proj.weight": "attention.q_a.weight",
+    "self_attn.q_a_layernorm.weight": "attention.q_a_norm.weight",
+    "self_attn.q_b_proj.weight": "attention.q_b.weight",
+    "self_attn.kv_a_proj_with_mqa.weight": "attention.kv_a.weight",
+    "self_attn.kv_a_layernorm.weight": "attention.kv_a_norm.weight",
+    "self_attn.kv_b_proj.weight": "attention.kv_b.weight",
+    "self_attn.o_proj.weight": "attention.o.weight",
+    "mlp.gate_proj.weight": "ffn.gate.weight",
+    "mlp.up_proj.weight": "ffn.up.weight",
+    "mlp.down_proj.weight": "ffn.down.weight",
+    "mlp.gate.weight": "ffn.router.weight",
+    "mlp.gate.e_score_correction_bias": "ffn.router.expert_bias",
+    "mlp.experts.gate_up_proj": "ffn.experts.gate_up",
+    "mlp.experts.down_proj": "ffn.experts.down",
+    "mlp.shared_experts.gate_proj.weight": "ffn.shared.gate.weight",
+    "mlp.shared_experts.up_proj.weight": "ffn.shared.up.weight",
+    "mlp.shared_experts.down_proj.weight": "ffn.shared.down.weight",
+}
+OUTER_NAMES = {
+    "model.embed_tokens.weight": "embedding.weight",
+    "model.norm.weight": "norm.weight",
+    "lm_head.weight": "head.weight",
+}
+
+
+def our_name(name: str) -> str:
+    if name in OUTER_NAMES:
+        return OUTER_NAMES[name]
+    _, _, index, rest = name.split(".", 3)
+    return f"layers.{index}.{BLOCK_NAMES[rest]}"
+
+
+def tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+def transformers_model(ours: Transformer) -> nn.Module:
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM  # noqa: PLC0415
+
+    config, mla, moe = ours.config, ours.config.mla, ours.config.moe
+    model: nn.Module = DeepseekV3ForCausalLM(
+        DeepseekV3Config(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            moe_intermediate_size=moe.expert_intermediate_size,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_attention_heads,
+            n_shared_experts=moe.num_shared_experts,
+            n_routed_experts=moe.num_experts,
+            num_experts_per_tok=moe.num_experts_per_token,
+            routed_scaling_factor=moe.routed_scaling_factor,
+            first_k_dense_replace=config.num_dense_layers,
+            kv_lora_rank=mla.kv_lora_rank,
+            q_lora_rank=mla.q_lora_rank,
+            qk_rope_head_dim=mla.qk_rope_head_dim,
+            qk_nope_head_dim=mla.qk_nope_head_dim,
+            v_head_dim=mla.v_head_dim,
+            rms_norm_eps=config.rms_norm_eps,
+            n_group=1,
+            topk_group=1,
+            norm_topk_prob=True,
+            attn_implementation="eager",
+        )
+    )
+    mine = dict(tensors(ours))
+    with torch.no_grad():
+        for name, tensor in tensors(model):
+            if "inv_freq" not in name:
+                tensor.copy_(mine[our_name(name)])
+    return model
+
+
+def gradients(model: nn.Module, logits: Tensor, ids: Tensor) -> dict[str, Tensor]:
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_logits_and_gradients_equal_transformers() -> None:
+    moe = replace(CONFIG.moe, routed_scaling_factor=2.5)
+    ours = build(replace(CONFIG, moe=moe), noise=0.1)
+    for layer in ours.moe_layers():
+        nn.init.normal_(layer.expert_bias, std=0.1)
+    theirs = transformers_model(ours)
+    ids = torch.randint(0, 64, (2, 150), generator=torch.Generator().manual_seed(1))
+    positions = torch.arange(150).expand(2, 150)
+
+    found = ours(ids, positions, torch.zeros_like(ids)).logits
+    wanted = theirs(input_ids=ids).logits
+    assert relative_error(found, wanted) < 2e-5
+
+    mine, reference = gradients(ours, found, ids), gradients(theirs, wanted, ids)
+    assert mine.keys() == {our_name(name) for name in reference}
+    for name, grad in reference.items():
+        assert relative_error(mine[our_name(name)], grad) < 2e-5, name

@@ -1,0 +1,193 @@
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+import pytest
+
+from launch.compose import compose
+from launch.validate import validate, world_size
+from train.config import RunConfig
+from train.model.config import EngramConfig
+from train.recipe import from_plain, to_plain
+
+
+@pytest.fixture(scope="module")
+def nano() -> RunConfig:
+    return compose("v4_nano").config
+
+
+def changed(config: RunConfig, **values: Any) -> RunConfig:
+    """A recipe with values at dotted paths, `__` for the dot."""
+    plain = to_plain(config)
+    for path, value in values.items():
+        *above, last = path.split("__")
+        node = plain
+        for part in above:
+            node = node[part]
+        node[last] = value
+    return from_plain(plain)
+
+
+def test_the_quick_start_is_valid(nano: RunConfig) -> None:
+    assert validate(nano) == []
+    assert validate(nano, nproc=4) == []
+    assert world_size(nano) == 4
+
+
+@pytest.mark.parametrize(
+    ("values", "start", "fix"),
+    [
+        (
+            {"train__global_batch_size": 18},
+            "train.global_batch_size=18: must be a multiple of parallel.data_parallel_size=4",
+            "use 16 or 20",
+        ),
+        (
+            {"train__micro_batch_size": 3},
+            "train.micro_batch_size=3: times parallel.data_parallel_size=4 must divide",
+            "use 1, 2 or 4, or train.global_batch_size=12 or 24",
+        ),
+        (
+            {"data__num_lanes": 6},
+            "data.num_lanes=6: must divide train.global_batch_size=16 and be a multiple",
+            "use 4, 8, 16 or null",
+        ),
+        (
+            {"data__num_lanes": 2},
+            "data.num_lanes=2: must divide",
+            "use 4, 8, 16 or null",
+        ),
+        (
+            {"model__moe__num_experts_per_token": 9},
+            "model.moe.num_experts_per_token=9: more than model.moe.num_experts=8",
+            "use 8 or fewer",
+        ),
+        (
+            {"model__mla__qk_rope_head_dim": 7},
+            "model.mla.qk_rope_head_dim=7: rotary positions turn pairs",
+            "use 6 or 8",
+        ),
+        (
+            {"model__engram__layers": [1, 4]},
+            "model.engram.layers=[1,4]: must be different layers from 0 to 3",
+            "for example [1], or switch the memory off with model.engram=null",
+        ),
+        ({"model__engram__layers": [1, 1]}, "model.engram.layers=[1,1]: must be different", ""),
+        ({"model__engram__layers": []}, "model.engram.layers=[]: must be", "at least one"),
+        ({"model__engram__layers": [-1]}, "model.engram.layers=[-1]: must be", "from 0 to 3"),
+        (
+            {"model__engram__ngram_orders": [3, 4]},
+            "model.engram.ngram_orders=[3,4]: must be consecutive from 2",
+            "use [2], [2,3] or [2,3,4]",
+        ),
+        ({"model__engram__ngram_orders": []}, "model.engram.ngram_orders=[]: must be", ""),
+        (
+            {"model__engram__pad_token_id": 4096},
+            "model.engram.pad_token_id=4096: not a token of model.vocab_size=4096",
+            "use 0 to 4095",
+        ),
+        ({"model__mtp_depth": 2}, "model.mtp_depth=2: ", "use 0 or 1"),
+        (
+            {"model__num_dense_layers": 5},
+            "model.num_dense_layers=5: more than model.num_layers=4",
+            "use 4 or fewer",
+        ),
+        (
+            {"evaluate__num_sequences": 30},
+            "evaluate.num_sequences=30: must be a multiple of parallel.data_parallel_size=4",
+            "use 28 or 32, or evaluate.every_steps=0 for none",
+        ),
+        (
+            {"optim__warmup_steps": 101, "train__steps": 100},
+            "optim.warmup_steps=101: longer than train.steps=100",
+            "use optim.warmup_steps=20 or train.steps=505",
+        ),
+        (
+            {"parallel__expert_parallel_size": 3},
+            "parallel.expert_parallel_size=3: must divide",
+            "use 1, 2 or 4",
+        ),
+        ({"model__attention": "dsa"}, "model.attention=dsa: not implemented", "=mla"),
+        ({"model__attention": "v4_hybrid"}, "model.attention=v4_hybrid: not implemented", "=mla"),
+        ({"model__router": "hash"}, "model.router=hash: not implemented", "=sigmoid"),
+        ({"data__sources": {}}, "data.sources={}: nothing to train on", "use data=quickstart"),
+        ({"name": "a/b"}, "name=a/b: becomes a directory", "for example name=v4_nano"),
+        ({"name": ""}, "name=: becomes a directory", ""),
+        ({"model__hidden_size": 0}, "model.hidden_size=0: must be positive", "=1 or more"),
+        ({"train__seed": -1}, "train.seed=-1: must not be negative", "train.seed=0 or more"),
+        ({"optim__learning_rate": 0.0}, "optim.learning_rate=0.0: must be positive", "more than 0"),
+        ({"optim__learning_rate": float("nan")}, "optim.learning_rate=nan: must be finite", ""),
+        ({"optim__beta2": 1.0}, "optim.beta2=1.0: must be below 1", "for example optim.beta2=0.9"),
+        ({"optim__final_fraction": 1.5}, "optim.final_fraction=1.5: is a fraction", "0 to 1"),
+        ({"launch__threads_per_rank": 0}, "launch.threads_per_rank=0: must be positive", ""),
+    ],
+)
+def test_a_broken_rule(nano: RunConfig, values: dict[str, Any], start: str, fix: str) -> None:
+    [problem] = validate(changed(nano, **values))
+    assert problem.startswith(start)
+    assert fix in problem
+
+
+@pytest.mark.parametrize("axis", ["tensor", "pipeline", "context"])
+def test_an_axis_that_is_not_there_is_refused_by_name(nano: RunConfig, axis: str) -> None:
+    [problem] = validate(changed(nano, **{f"parallel__{axis}_parallel_size": 2}))
+    assert problem.startswith(f"parallel.{axis}_parallel_size=2: ")
+    assert "use 1" in problem
+
+
+def test_fixes_work(nano: RunConfig) -> None:
+    for size in (1, 2, 4):
+        assert validate(changed(nano, train__micro_batch_size=size)) == []
+        assert validate(changed(nano, parallel__expert_parallel_size=size)) == []
+        assert validate(changed(nano, data__num_lanes=4 * size)) == []
+    for size in (12, 24):
+        values = {"train__micro_batch_size": 3, "train__global_batch_size": size}
+        assert validate(changed(nano, **values)) == []
+
+
+def test_zero_is_fine_where_it_means_none(nano: RunConfig) -> None:
+    values = {
+        "evaluate__every_steps": 0,
+        "evaluate__num_sequences": 3,
+        "data__prefetch_batches": 0,
+        "model__num_dense_layers": 0,
+        "model__moe__balance_loss_weight": 0.0,
+        "optim__warmup_steps": 0,
+        "optim__weight_decay": 0.0,
+    }
+    assert validate(changed(nano, **values)) == []
+
+
+def test_everything_is_reported_at_once(nano: RunConfig) -> None:
+    broken = changed(nano, model__mtp_depth=2, train__micro_batch_size=3, model__router="hash")
+    found = validate(broken, nproc=3)
+    assert [problem.split("=")[0] for problem in found] == [
+        "model.router",
+        "train.micro_batch_size",
+        "model.mtp_depth",
+        "world size ",
+    ]
+    assert found[-1].endswith("use --nproc 4 or parallel.data_parallel_size=3")
+
+
+def numeric_paths(node: Any, prefix: str = "") -> list[str]:
+    found = []
+    for field in fields(node):
+        value = getattr(node, field.name)
+        if is_dataclass(value):
+            found += numeric_paths(value, f"{prefix}{field.name}__")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            found.append(prefix + field.name)
+    return found
+
+
+def test_no_number_of_the_schema_may_be_negative(nano: RunConfig) -> None:
+    paths = numeric_paths(nano)
+    assert len(paths) > 40
+    for path in paths:
+        [problem] = validate(changed(nano, **{path: -1}))
+        assert problem.startswith(path.replace("__", ".") + "=-1")
+
+
+def test_an_engram_at_every_layer_is_fine(nano: RunConfig) -> None:
+    engram = EngramConfig(layers=(0, 1, 2, 3), ngram_orders=(2, 3, 4))
+    assert validate(replace(nano, model=replace(nano.model, engram=engram))) == []

@@ -1,0 +1,117 @@
+import pytest
+import torch
+
+from tests.unit.train.model.tiny import FULL, TINY, build, packed, relative_error, with_changes
+from train.model.config import EngramConfig, HyperConnectionConfig, MlaConfig, MoeConfig
+from train.model.initialize import fill_buffers, parameter_init
+from train.model.moe.layer import MoeLayer
+from train.model.transformer import Transformer
+
+
+@pytest.mark.parametrize("residual", ["plain", "hc", "mhc"])
+def test_every_parameter_is_initialised_and_gets_a_gradient(residual: str) -> None:
+    config = with_changes(FULL, residual=residual)
+    model = build(config, noise=0.05)
+    inits = parameter_init(model)
+    assert inits.keys() == {name for name, _ in model.named_parameters()}
+    output = model(*packed((9, 7)))
+    (output.logits.square().mean() + output.mtp_logits[0].square().mean()).backward()
+    untouched = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert untouched == []
+
+
+def test_parameter_names_do_not_depend_on_what_else_is_switched_on() -> None:
+    names = {name for name, _ in Transformer(TINY).named_parameters()}
+    assert names < {name for name, _ in Transformer(FULL).named_parameters()}
+    assert {"layers.1.engram.table.weight"} == Transformer(FULL).engram_tables()
+    assert Transformer(TINY).engram_tables() == set()
+
+
+def test_parts_cover_the_model() -> None:
+    model = Transformer(FULL)
+    parts = model.parts()
+    assert parts.root is model
+    assert list(parts.blocks) == [*model.layers.values(), *model.mtp]
+    in_blocks = {id(p) for block in parts.blocks for p in block.parameters()}
+    rest = {name for name, p in model.named_parameters() if id(p) not in in_blocks}
+    assert rest == {"embedding.weight", "head.weight", "norm.weight"}
+    # Two MoE layers and the MTP block; layer 0 is dense and has two sites only.
+    assert list(parts.expert_modules) == [moe.experts for moe in model.moe_layers()]
+    assert len(list(parts.dispatch_sites)) == 3
+    assert [len(group) for group in parts.fp32_modules] == [2, 3, 3, 3]
+    plain = Transformer(with_changes(FULL, residual="plain")).parts()
+    assert [len(group) for group in plain.fp32_modules] == [1, 1, 1]
+
+
+def test_meta_device_construction_then_values() -> None:
+    with torch.device("meta"):
+        model = Transformer(FULL)
+    inits = parameter_init(model)
+    model.to_empty(device="cpu")
+    fill_buffers(model)
+    reference = build(FULL)
+    buffers = dict(reference.named_buffers())
+    assert all(torch.equal(value, buffers[name]) for name, value in model.named_buffers())
+    assert inits.keys() == {name for name, _ in reference.named_parameters()}
+    assert all(init.values is None or not init.values.is_meta for init in inits.values())
+
+
+def test_one_initial_value_of_each_kind() -> None:
+    model = build(FULL)
+    values = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    assert (values["layers.0.attention.kv_a_norm.weight"] == 1).all()
+    assert 0.018 < float(values["embedding.weight"].std()) < 0.022
+    assert 0.018 < float(values["layers.1.ffn.experts.gate_up"].std()) < 0.022
+    assert (values["layers.1.engram.table.weight"] == 0).all()
+    assert (values["layers.1.engram.conv"] == 0).all()
+    bias = values["layers.2.ffn_site.bias"]
+    assert bias[:4].sigmoid().tolist() == pytest.approx([0.25] * 4)
+    assert torch.equal(bias[8:].view(4, 4), 6 * torch.eye(4))
+    hc = dict(build(with_changes(FULL, residual="hc")).named_parameters())
+    # The FFN site of layer 2 is the model's site 5.
+    assert hc["layers.2.ffn_site.bias"][:4].tolist() == [0, 1, 0, 0]
+
+
+def test_bf16_model_stays_close_to_fp32() -> None:
+    model = build(FULL, noise=0.02)
+    batch = packed((9, 7))
+    wanted = model(*batch).logits.detach()
+    for module in model.modules():
+        if not any(module in group for group in model.parts().fp32_modules):
+            for name, parameter in module.named_parameters(recurse=False):
+                module.register_parameter(name, torch.nn.Parameter(parameter.bfloat16()))
+    found = model(*batch).logits.detach()
+    assert found.dtype == torch.bfloat16
+    assert model.layers["1"].ffn.router.weight.dtype == torch.float32  # type: ignore[union-attr]
+    assert relative_error(found.float(), wanted) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("changes", "rule"),
+    [
+        ({"attention": "dsa"}, r"model\.attention=dsa: not implemented; use mla"),
+        ({"router": "hash"}, r"model\.router=hash: not implemented"),
+        ({"mtp_depth": 2}, r"model\.mtp_depth=2: .*use 1"),
+        ({"mla": MlaConfig(qk_rope_head_dim=5)}, r"qk_rope_head_dim=5: .*use 6"),
+        ({"moe": MoeConfig(num_experts=2, num_experts_per_token=3)}, "num_experts_per_token=3"),
+        ({"hyper_connection": HyperConnectionConfig(num_streams=1)}, "num_streams=1: at least 2"),
+        ({"hyper_connection": HyperConnectionConfig(sinkhorn_iterations=0)}, "iterations=0"),
+        ({"engram": EngramConfig(layers=(1, 9))}, r"layers=\[1, 9\]: .*num_layers-1=2"),
+        ({"engram": EngramConfig(ngram_orders=(2, 4))}, r"\[2, 4\]: .*use \[2, 3\]"),
+        ({"engram": EngramConfig(pad_token_id=64)}, "pad_token_id=64: .*vocab_size=64"),
+    ],
+)
+def test_what_cannot_be_built_is_refused_by_name(changes: dict[str, object], rule: str) -> None:
+    with pytest.raises(ValueError, match=rule):
+        Transformer(with_changes(TINY, **changes))
+
+
+def test_all_violations_come_at_once() -> None:
+    with pytest.raises(ValueError, match=r"(?s)attention=dsa.*mtp_depth=5"):
+        Transformer(with_changes(TINY, attention="dsa", mtp_depth=5))
+
+
+def test_moe_layers_are_those_after_the_dense_ones() -> None:
+    model = Transformer(with_changes(TINY, num_dense_layers=2, mtp_depth=1))
+    assert not isinstance(model.layers["1"].ffn, MoeLayer)
+    assert len(model.moe_layers()) == 2

@@ -1,0 +1,1 @@
+"""What one rank does: model, optimizer, loop, checkpoints, monitors."""

@@ -1,0 +1,140 @@
+"""Everything put together: from a recipe to a sharded model and its optimizer on this rank."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from data.config import DataConfig
+from data.lanes import owned_lanes
+from data.loader import vocab_size
+from data.tokenizer import decoded_tokens
+from parallel.apply import apply_parallelism
+from parallel.backend.base import Backend
+from parallel.backend.select import select_backend
+from parallel.initialize import fill_parameters
+from parallel.layout import ParallelLayout
+from parallel.mesh import Meshes, build_mesh
+from train.config import RunConfig
+from train.model.engram_hash import compress_vocabulary
+from train.model.initialize import fill_buffers, parameter_init
+from train.model.transformer import Transformer
+from train.optim.groups import build_adamw, parameter_groups
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What a rank trains with."""
+
+    config: RunConfig
+    backend: Backend
+    device: torch.device
+    meshes: Meshes
+    model: Transformer
+    optimizer: torch.optim.Optimizer
+    data_rank: int
+    """This rank's index among the ranks that see different sequences."""
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of a global batch."""
+        return self.config.train.global_batch_size * self.config.data.sequence_length
+
+    @property
+    def loss_dtype(self) -> torch.dtype:
+        """Type of losses and gradient sums: fp32, or fp64 for fp64 runs."""
+        return torch.float64 if self.config.train.dtype == "fp64" else torch.float32
+
+    @property
+    def sum_dtype(self) -> torch.dtype:
+        """Type of sums over ranks that are reported: fp64 where the device has it."""
+        return torch.float64 if self.backend.capabilities.fp64 else torch.float32
+
+    def data_lanes(self) -> list[str]:
+        """Names of the data lanes that this rank owns."""
+        lanes = self.config.data.num_lanes or self.config.train.global_batch_size
+        return owned_lanes(lanes, self.data_rank, self.config.parallel.data_parallel_size)
+
+
+def build(config: RunConfig) -> Training:
+    """Join the process group and build this rank's part of the model.
+
+    The whole model exists only on the meta device; each rank allocates and fills its own shards,
+    whose values depend on the seed and the parameter's name, not on the layout.
+
+    Raises:
+        ValueError: the layout does not fit the number of ranks that were started, or the model's
+            vocabulary not the corpus.
+    """
+    if (tokens := vocab_size(config.data)) > config.model.vocab_size:
+        raise ValueError(
+            f"model.vocab_size={config.model.vocab_size}: the corpus has {tokens} token ids; use "
+            f"model.vocab_size={tokens}"
+        )
+    backend = select_backend(config.parallel.backend)
+    layout = ParallelLayout.from_config(config.parallel)
+    world_size = int(os.environ["WORLD_SIZE"])
+    if layout.world_size != world_size:
+        raise ValueError(
+            f"parallel: the sizes multiply to {layout.world_size} ranks, but {world_size} were "
+            f"started; start {layout.world_size}"
+        )
+    device = backend.device(int(os.environ["LOCAL_RANK"]))
+    backend.set_device(device)
+    backend.init_process_group(config.parallel.timeout_seconds)
+    backend.manual_seed(config.train.seed)
+    torch.use_deterministic_algorithms(config.train.deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    meshes = build_mesh(layout, backend.device_type)
+    model = build_model(config, layout, meshes, device)
+    groups = parameter_groups(model.named_parameters(), model.engram_tables(), config.optim)
+    return Training(
+        config=config,
+        backend=backend,
+        device=device,
+        meshes=meshes,
+        model=model,
+        optimizer=build_adamw(groups, config.optim),
+        data_rank=layout.data_rank(dist.get_rank()),
+    )
+
+
+def build_model(
+    config: RunConfig, layout: ParallelLayout, meshes: Meshes, device: torch.device
+) -> Transformer:
+    """This rank's shards of the model, at their initial values."""
+    master_dtype = torch.float64 if config.train.dtype == "fp64" else torch.float32
+    with torch.device("meta"):
+        model = Transformer(config.model).to(master_dtype)
+    inits = parameter_init(model)
+    apply_parallelism(
+        model.parts(),
+        layout,
+        meshes,
+        config.parallel,
+        param_dtype=_DTYPES[config.train.dtype],
+        reduce_dtype=master_dtype,
+    )
+    model.to_empty(device=device)
+    fill_buffers(model)
+    fill_parameters(model.named_parameters(), inits, seed=config.train.seed)
+    compress_memory_keys(model, config.data)
+    return model
+
+
+def compress_memory_keys(model: Transformer, config: DataConfig) -> None:
+    """Let every Engram layer hash the tokenizer's compressed ids (arXiv 2601.07372, section 2.2).
+
+    Raises:
+        ValueError: the tokenizer has more tokens than the model.
+    """
+    engrams = model.engram_layers().values()
+    if not engrams:
+        return
+    compressed = torch.from_numpy(compress_vocabulary(decoded_tokens(Path(config.tokenizer))))
+    for engram in engrams:
+        engram.hash.set_token_map(compressed)

@@ -1,0 +1,1 @@
+"""Checkpoints: what is saved, and the commit protocol that makes a save whole."""

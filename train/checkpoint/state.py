@@ -1,0 +1,137 @@
+"""What a checkpoint holds: one flat dictionary with global names, written by torch DCP.
+
+    model.<name>            parameters (sharded; DCP reshards them when the layout changes)
+    optim.<key>.<name>      AdamW's exp_avg, exp_avg_sq and step, by parameter name
+    buffer.<name>           persistent buffers, such as the router's load-balancing bias
+    data.lane/<number>      the position of each virtual lane of the data, as JSON
+
+plus `checkpoint.json` (step, tokens, what the corpus was). The learning rate is a function of the
+step and the step draws no random numbers, so neither needs a state.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
+
+from train.checkpoint.commit import begin, checkpoint_path, commit, newest_checkpoint, remove_old
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where a run stands after an optimizer step."""
+
+    step: int
+    tokens: int
+    """Tokens of all ranks since the start."""
+    data_state: dict[str, str]
+    """Lane -> JSON, for the lanes that this rank owns."""
+
+
+def save(
+    run_dir: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    *,
+    corpus: str,
+    keep_last: int,
+) -> Path:
+    """Write and commit the checkpoint of `progress.step`, then drop the oldest ones.
+
+    Communication: DCP's planning gathers and two barriers over the world; the tensors go from each
+    rank to its own file.
+    """
+    first = dist.get_rank() == 0
+    temporary = checkpoint_path(run_dir, progress.step).with_suffix(".tmp")
+    if first:
+        begin(run_dir, progress.step)
+    dist.barrier()
+    state = _tensors(model, optimizer) | {f"data.{k}": v for k, v in progress.data_state.items()}
+    save_distributed(state, checkpoint_id=temporary)
+    if first:
+        meta = {
+            "format": FORMAT_VERSION,
+            "step": progress.step,
+            "tokens": progress.tokens,
+            "corpus": corpus,
+            "world_size": dist.get_world_size(),
+        }
+        (temporary / "checkpoint.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+        commit(temporary)
+        remove_old(run_dir, keep_last)
+    dist.barrier()
+    return checkpoint_path(run_dir, progress.step)
+
+
+def restore(
+    run_dir: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    lanes: Iterable[str],
+    *,
+    corpus: str,
+) -> Progress | None:
+    """Load the newest committed checkpoint in place; None where there is none.
+
+    Args:
+        run_dir: the run.
+        model: its parameters and buffers are overwritten.
+        optimizer: its states are created and overwritten.
+        lanes: names of the data lanes that this rank owns.
+        corpus: fingerprint of today's corpus.
+
+    Raises:
+        ValueError: the checkpoint's corpus is another one, so its data positions mean nothing here.
+    """
+    newest = newest_checkpoint(run_dir)
+    if newest is None:
+        return None
+    step, path = newest
+    meta = json.loads((path / "checkpoint.json").read_text(encoding="utf-8"))
+    if meta["format"] != FORMAT_VERSION:
+        raise ValueError(
+            f"{path}: checkpoint format {meta['format']}; this version reads {FORMAT_VERSION}"
+        )
+    if meta["corpus"] != corpus:
+        raise ValueError(
+            f"data.sources: the corpus or tokenizer changed since {path} was saved (fingerprint "
+            f"{meta['corpus'][:12]}, now {corpus[:12]}); put the old corpus back, or start a new run"
+        )
+    create_optimizer_states(optimizer)
+    state = _tensors(model, optimizer) | {f"data.{lane}": "" for lane in lanes}
+    load(state, checkpoint_id=path)
+    positions = {k.removeprefix("data."): v for k, v in state.items() if k.startswith("data.")}
+    return Progress(step=step, tokens=meta["tokens"], data_state=positions)
+
+
+def create_optimizer_states(optimizer: torch.optim.Optimizer) -> None:
+    """Give AdamW the states it would make at its first step, so that a load has somewhere to go."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state[parameter]
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+                state["exp_avg"] = torch.zeros_like(parameter)
+                state["exp_avg_sq"] = torch.zeros_like(parameter)
+
+
+def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The live tensors by their global names; DCP loads into them in place."""
+    named = dict(model.named_parameters())
+    state: dict[str, Any] = {f"model.{name}": parameter for name, parameter in named.items()}
+    for name, parameter in named.items():
+        for key, value in optimizer.state[parameter].items():
+            state[f"optim.{key}.{name}"] = value
+    persistent = model.state_dict().keys() - named.keys()
+    buffers = ((name, value) for name, value in model.named_buffers() if name in persistent)
+    return state | {f"buffer.{name}": value for name, value in buffers}

@@ -1,0 +1,40 @@
+"""Loss on held-out shards: the same sequences every time, so that curves compare."""
+
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+
+from data.loader import build_loader
+from train.build import Training
+from train.metrics import Record
+from train.step import split, token_losses
+
+
+@torch.no_grad()
+def evaluate(training: Training) -> Record:
+    """Next-token loss on the first `evaluate.num_sequences` packed sequences of the held-out split.
+
+    Communication: one all-reduce of two numbers over the world.
+
+    Returns:
+        `validation/loss` in nats per token, the same on every rank.
+    """
+    config = training.config
+    loader = build_loader(
+        replace(config.data, num_lanes=None, prefetch_batches=0),
+        split="validation",
+        seed=config.train.seed,
+        global_batch_size=config.evaluate.num_sequences,
+        data_rank=training.data_rank,
+        data_size=config.parallel.data_parallel_size,
+    )
+    batch, _ = next(loader)
+    training.model.eval()
+    sums = torch.zeros(2, dtype=training.sum_dtype, device=training.device)
+    for part in split(batch, config.train.micro_batch_size):
+        sums[0] += token_losses(training, part)[0]
+        sums[1] += (part.labels >= 0).sum()
+    dist.all_reduce(sums)
+    total, tokens = sums.tolist()
+    return {"validation/loss": total / max(1.0, tokens)}

@@ -1,0 +1,114 @@
+"""The training loop of one rank, top to bottom."""
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+
+import torch.distributed as dist
+
+from data.loader import Batch, build_loader, fingerprint
+from train.build import Training, build
+from train.checkpoint.state import Progress, restore, save
+from train.config import RunConfig
+from train.evaluate import evaluate
+from train.metrics import MetricsLog, Record, append_event, open_sinks
+from train.step import train_step
+from train.stop import STOPPED_EXIT_CODE, StopRequest
+
+
+def train(config: RunConfig, run_dir: Path, stop: StopRequest) -> int:
+    """Train from the newest checkpoint of `run_dir`, or from the start, to the last step.
+
+    Returns:
+        The exit code of this rank: 0 done, 85 stopped on request with a checkpoint saved.
+    """
+    training = build(config)
+    corpus = fingerprint(config.data)
+    restored = restore(
+        run_dir, training.model, training.optimizer, training.data_lanes(), corpus=corpus
+    )
+    progress = restored or Progress(step=0, tokens=0, data_state={})
+    with ExitStack() as stack:
+        log = open_log(training, run_dir, progress.step, stack)
+        batches = open_batches(training, restored)
+        exit_code = 0
+        while progress.step < config.train.steps and exit_code == 0:
+            started = time.perf_counter()
+            batch, data_state = next(batches)
+            fetched = time.perf_counter()
+            step = progress.step + 1
+            record = train_step(training, batch, step)
+            tokens = training.tokens_per_step
+            progress = Progress(step=step, tokens=progress.tokens + tokens, data_state=data_state)
+            record |= timing(training, tokens, started, fetched)
+            if due(step, config.evaluate.every_steps, config.train.steps):
+                record |= evaluate(training)
+            if log:
+                log.write({"step": step, "tokens": progress.tokens, **record})
+            if stop.agreed(training.device):
+                exit_code = STOPPED_EXIT_CODE
+            if exit_code or due(step, config.checkpoint.every_steps, config.train.steps):
+                path = save(
+                    run_dir,
+                    training.model,
+                    training.optimizer,
+                    progress,
+                    corpus=corpus,
+                    keep_last=config.checkpoint.keep_last,
+                )
+                if log:
+                    detail = f"{path.name} on {stop.signal_name}" if exit_code else path.name
+                    append_event(run_dir, step=step, rank=0, event="checkpoint", detail=detail)
+    return exit_code
+
+
+def open_log(
+    training: Training, run_dir: Path, restored_step: int, stack: ExitStack
+) -> MetricsLog | None:
+    """The metrics log on rank 0, None elsewhere."""
+    if dist.get_rank() != 0:
+        return None
+    append_event(
+        run_dir,
+        step=restored_step,
+        rank=0,
+        event="resume" if restored_step else "start",
+        detail=f"{dist.get_world_size()} ranks on {training.backend.name}",
+    )
+    sinks = open_sinks(run_dir, training.config, asdict(training.config), restored_step)
+    return stack.enter_context(MetricsLog(run_dir, sinks, restored_step))
+
+
+def open_batches(
+    training: Training, restored: Progress | None
+) -> Iterator[tuple[Batch, dict[str, str]]]:
+    """This rank's part of every global batch from here on."""
+    config = training.config
+    return build_loader(
+        config.data,
+        split="train",
+        seed=config.train.seed,
+        global_batch_size=config.train.global_batch_size,
+        data_rank=training.data_rank,
+        data_size=config.parallel.data_parallel_size,
+        state=restored.data_state if restored else None,
+    )
+
+
+def timing(training: Training, tokens: int, started: float, fetched: float) -> Record:
+    """Speed of the step that just ended, evaluation and checkpoint not included."""
+    training.backend.synchronize()
+    seconds = time.perf_counter() - started
+    return {
+        "tokens_per_second": tokens / seconds,
+        "step_seconds": seconds,
+        "data_wait_seconds": fetched - started,
+        "peak_memory_bytes": training.backend.peak_memory_bytes(),
+    }
+
+
+def due(step: int, every: int, last: int) -> bool:
+    """Whether something done every `every` steps (0: never), and at the end, is done now."""
+    return every > 0 and (step % every == 0 or step == last)

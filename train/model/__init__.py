@@ -1,0 +1,1 @@
+"""The V4 stack, one idea a file. Model code knows no ranks."""

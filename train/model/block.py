@@ -1,0 +1,54 @@
+"""One transformer block: memory, attention, feed-forward; called by `transformer` and `mtp`."""
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from train.model.attention.mla import MultiHeadLatentAttention
+from train.model.config import ModelConfig
+from train.model.engram import Engram
+from train.model.ffn import FeedForward
+from train.model.moe.layer import MoeLayer
+from train.model.norm import RMSNorm
+from train.model.residual import build_site
+
+
+class Block(nn.Module):
+    """Pre-norm block; both sub-layers read from and write to the residual streams by a site.
+
+    Args:
+        config: the model.
+        layer_index: place in the network from 0; MTP blocks follow the layers.
+        engram: memory that is added before the attention, if this layer has one.
+    """
+
+    def __init__(self, config: ModelConfig, layer_index: int, engram: Engram | None = None) -> None:
+        super().__init__()
+        self.engram = engram
+        self.attention_site = build_site(config, 2 * layer_index)
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention = MultiHeadLatentAttention(config)
+        self.ffn_site = build_site(config, 2 * layer_index + 1)
+        self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.ffn: FeedForward | MoeLayer
+        if layer_index < config.num_dense_layers:
+            self.ffn = FeedForward(
+                config.hidden_size, config.intermediate_size, config.swiglu_limit
+            )
+        else:
+            self.ffn = MoeLayer(config)
+
+    def forward(
+        self,
+        stream: Float[Tensor, "batch seq streams hidden"],
+        input_ids: Int[Tensor, "batch seq"],
+        position_ids: Int[Tensor, "batch seq"],
+        document_ids: Int[Tensor, "batch seq"],
+    ) -> Float[Tensor, "batch seq streams hidden"]:
+        """Transform the streams; `input_ids` are what the memory is looked up by."""
+        if self.engram is not None:
+            stream = self.engram(stream, input_ids, document_ids)
+        hidden, maps = self.attention_site(stream)
+        output = self.attention(self.attention_norm(hidden), position_ids, document_ids)
+        stream = self.attention_site.write(output, maps)
+        hidden, maps = self.ffn_site(stream)
+        return self.ffn_site.write(self.ffn(self.ffn_norm(hidden)), maps)

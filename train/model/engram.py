@@ -1,0 +1,138 @@
+"""Engram: a conditional memory that is looked up by n-gram (arXiv 2601.07372); called by `block`.
+
+Applied at the start of a block, before its attention, on the residual streams. Tensor shapes follow
+section 2 of the paper; the signed square root in the gate is not in the paper but in all released
+code, and is followed. The projections have no bias (the demo's have).
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from train.model.config import EngramConfig
+from train.model.engram_hash import HashGeometry, NgramHash
+
+Lookup = Callable[[Int[Tensor, "batch seq columns"]], Float[Tensor, "batch seq columns head_dim"]]
+
+_GATE_FLOOR = 1e-6
+"""Lower bound under the root, where its slope would be infinite."""
+
+
+class EngramTable(nn.Module):
+    """The rows of one layer's memory, all heads in one flat table on this rank."""
+
+    def __init__(self, num_rows: int, head_dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_rows, head_dim))
+
+    def forward(
+        self, rows: Int[Tensor, "batch seq columns"]
+    ) -> Float[Tensor, "batch seq columns head_dim"]:
+        """Look the rows up."""
+        return F.embedding(rows, self.weight)
+
+
+class Engram(nn.Module):
+    """`x_m <- x_m + u_m + SiLU(conv(RMSNorm(u_m)))` for each stream m, with u_m = gate_m * W_V e.
+
+        e = rows of the n-grams that end at the token          k_m = W_K^m e
+        s_m = RMSNorm(x_m) . RMSNorm(k_m) / sqrt(C)            gate_m = sigmoid(sign(s) sqrt(|s|))
+
+    One table and one W_V serve all streams; each has its own W_K and norms (section 2.4). The
+    convolution is causal, depthwise, dilated by the highest order, and stops at document starts.
+
+    `lookup` replaces the rank's own table by another source of rows, such as a sharded one.
+
+    The table and the convolution start at 0 (the table's start is unpublished), so a model with
+    Engram starts as the model without; the paper's zero convolution alone does not do that, because
+    u is added around it. A row stays 0, and says nothing, until its n-gram is first seen. In small
+    runs on bytes this learnt as fast as N(0, 0.02) and faster than W_V = 0 or N(0, 1).
+    """
+
+    def __init__(
+        self,
+        config: EngramConfig,
+        geometry: HashGeometry,
+        *,
+        vocab_size: int,
+        hidden_size: int,
+        streams: int,
+        eps: float,
+    ) -> None:
+        super().__init__()
+        memory_size = len(config.ngram_orders) * config.num_heads * config.head_dim
+        self.eps, self.dilation = eps, max(config.ngram_orders)
+        self.hash = NgramHash(config, geometry, vocab_size)
+        self.table = EngramTable(geometry.num_rows, config.head_dim)
+        self.lookup: Lookup | None = None
+        self.value = nn.Linear(memory_size, hidden_size, bias=False)
+        self.key = nn.Linear(memory_size, streams * hidden_size, bias=False)
+        self.query_norm = nn.Parameter(torch.empty(streams, hidden_size))
+        self.key_norm = nn.Parameter(torch.empty(streams, hidden_size))
+        self.conv_norm = nn.Parameter(torch.empty(streams, hidden_size))
+        self.conv = nn.Parameter(torch.empty(config.conv_kernel_size, streams, hidden_size))
+        self.gate_mean: Float[Tensor, ""] | None = None
+        """Mean gate of the latest forward pass, for logging."""
+
+    def forward(
+        self,
+        stream: Float[Tensor, "batch seq streams hidden"],
+        input_ids: Int[Tensor, "batch seq"],
+        document_ids: Int[Tensor, "batch seq"],
+    ) -> Float[Tensor, "batch seq streams hidden"]:
+        """Add what the memory knows about the n-grams that end at each token."""
+        lookup: Lookup = self.lookup or self.table
+        memory = lookup(self.hash(input_ids, document_ids)).flatten(2).to(stream.dtype)
+        gate = self._gate(stream, self.key(memory).unflatten(-1, stream.shape[2:]))
+        self.gate_mean = gate.detach().mean()
+        update = gate.unsqueeze(-1) * self.value(memory).unsqueeze(2)
+        normalised = self._normalise(update, self.conv_norm)
+        conv = causal_depthwise_conv(normalised, self.conv, document_ids, self.dilation)
+        result: Tensor = stream + update + F.silu(conv)
+        return result
+
+    def _gate(
+        self,
+        stream: Float[Tensor, "batch seq streams hidden"],
+        key: Float[Tensor, "batch seq streams hidden"],
+    ) -> Float[Tensor, "batch seq streams"]:
+        """Agreement of stream and memory, between 0 and 1."""
+        # Only the product of the two norms' weights matters: one pass less over the streams.
+        query = self._normalise(stream, self.query_norm * self.key_norm)
+        key = F.rms_norm(key, key.shape[-1:], eps=self.eps)
+        score = (query * key).sum(-1) * stream.shape[-1] ** -0.5
+        return torch.sigmoid(score.sign() * score.abs().clamp(min=_GATE_FLOOR).sqrt())
+
+    def _normalise(
+        self,
+        x: Float[Tensor, "batch seq streams hidden"],
+        weight: Float[Tensor, "streams hidden"],
+    ) -> Float[Tensor, "batch seq streams hidden"]:
+        """RMSNorm with a weight per stream."""
+        return F.rms_norm(x, x.shape[-1:], eps=self.eps) * weight
+
+
+def causal_depthwise_conv(
+    x: Float[Tensor, "batch seq streams hidden"],
+    taps: Float[Tensor, "kernel streams hidden"],
+    document_ids: Int[Tensor, "batch seq"],
+    dilation: int,
+) -> Float[Tensor, "batch seq streams hidden"]:
+    """`y_t = sum_j taps_j x_{t - j dilation}` over the places of t's own document.
+
+    Args:
+        x: input.
+        taps: weight of every channel; tap 0 belongs to the token itself, that is, to the last
+            tap of `torch.nn.Conv1d`.
+        document_ids: document of each token, ids of different documents differ.
+        dilation: distance between taps.
+    """
+    out = x * taps[0]
+    for tap in range(1, min(len(taps), -(-x.shape[1] // dilation))):
+        back = tap * dilation
+        same = (document_ids[:, back:] == document_ids[:, :-back])[..., None, None]
+        out[:, back:].addcmul_(x[:, :-back] * same, taps[tap])
+    return out

@@ -1,0 +1,1 @@
+"""Mixture of experts: router, expert weights, the layer that joins them."""

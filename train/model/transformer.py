@@ -1,0 +1,148 @@
+"""The whole model: embedding, blocks, head; built by `train.build`, called by `train.step`.
+
+Reads like the papers and knows no ranks. Parallelism is applied from outside to what `parts()`
+names; where communication cannot be avoided an attribute is replaced: `MoeLayer.dispatch` and
+`Engram.lookup`.
+"""
+
+from dataclasses import dataclass
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from parallel.apply import ModelParts
+from train.model.block import Block
+from train.model.config import ModelConfig, violations
+from train.model.embedding import OutputHead, TokenEmbedding
+from train.model.engram import Engram
+from train.model.engram_hash import hash_geometries
+from train.model.moe.layer import MoeLayer
+from train.model.mtp import MultiTokenPrediction, next_tokens
+from train.model.norm import RMSNorm
+from train.model.residual import expand_streams, num_streams, read_out
+
+
+@dataclass(frozen=True)
+class TransformerOutput:
+    """Logits at every position."""
+
+    logits: Float[Tensor, "batch seq vocab"]
+    """Of token t+1 at position t."""
+    mtp_logits: tuple[Float[Tensor, "batch seq vocab"], ...] = ()
+    """Of token t+2 at position t; empty without MTP. See `train.model.mtp.mtp_labels`."""
+
+
+class Transformer(nn.Module):
+    """Decoder with the switches of the V4 stack.
+
+    Blocks are keyed by their global index, so that a parameter has one name in every layout.
+    Parameters are uninitialised: `train.model.initialize` says what they start as.
+
+    Raises:
+        ValueError: the configuration asks for something that is not there; all rules at once.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        if found := violations(config):
+            raise ValueError("\n".join(found))
+        self.config = config
+        self.embedding = TokenEmbedding(config.vocab_size, config.hidden_size)
+        memories = _build_engrams(config)
+        self.layers = nn.ModuleDict(
+            {str(i): Block(config, i, memories.get(i)) for i in range(config.num_layers)}
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.head = OutputHead(config.hidden_size, config.vocab_size)
+        self.mtp = nn.ModuleList(
+            MultiTokenPrediction(config, Block(config, config.num_layers + depth))
+            for depth in range(config.mtp_depth)
+        )
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        position_ids: Int[Tensor, "batch seq"],
+        document_ids: Int[Tensor, "batch seq"],
+    ) -> TransformerOutput:
+        """Logits of the next tokens.
+
+        Args:
+            input_ids: tokens of packed documents.
+            position_ids: place of each token in its document.
+            document_ids: document of each token; no token sees another document.
+        """
+        stream = expand_streams(self.embedding(input_ids), num_streams(self.config))
+        for layer in self.layers.values():
+            stream = layer(stream, input_ids, position_ids, document_ids)
+        hidden = read_out(stream)
+        logits = self.head(self.norm(hidden))
+        mtp_logits = []
+        next_ids = input_ids
+        for module in self.mtp:
+            next_ids = next_tokens(next_ids, document_ids)
+            embedding = self.embedding(next_ids)
+            hidden = module(hidden, embedding, next_ids, position_ids, document_ids)
+            mtp_logits.append(self.head(hidden))
+        return TransformerOutput(logits, tuple(mtp_logits))
+
+    def blocks(self) -> list[Block]:
+        """All blocks, those of MTP last."""
+        return [module for module in self.modules() if isinstance(module, Block)]
+
+    def moe_layers(self) -> list[MoeLayer]:
+        """The mixture-of-experts layers, in order, those of MTP last."""
+        return [block.ffn for block in self.blocks() if isinstance(block.ffn, MoeLayer)]
+
+    def engram_layers(self) -> dict[int, Engram]:
+        """The memories, by layer index."""
+        return {
+            int(index): module
+            for index, block in self.layers.items()
+            for module in block.children()
+            if isinstance(module, Engram)
+        }
+
+    def engram_tables(self) -> set[str]:
+        """Names of the parameters that are memory tables."""
+        return {f"layers.{index}.engram.table.weight" for index in self.engram_layers()}
+
+    def parts(self) -> ModelParts:
+        """What parallelism is applied to.
+
+        Embedding, head and everything else outside a block belong to the root: MTP uses them
+        within the root's forward pass. An MTP module is a block. The modules of `fp32_modules`,
+        grouped by block, keep fp32 parameters; they take and return the stream in its own type,
+        so their inputs must not be cast.
+        """
+        return ModelParts(
+            root=self,
+            blocks=[*self.layers.values(), *self.mtp],
+            expert_modules=[moe.experts for moe in self.moe_layers()],
+            dispatch_sites=list(self.moe_layers()),
+            fp32_modules=[group for block in self.blocks() if (group := _fp32_modules(block))],
+        )
+
+
+def _build_engrams(config: ModelConfig) -> dict[int, Engram]:
+    """The memories of the configuration, by layer index."""
+    if config.engram is None:
+        return {}
+    return {
+        index: Engram(
+            config.engram,
+            geometry,
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            streams=num_streams(config),
+            eps=config.rms_norm_eps,
+        )
+        for index, geometry in hash_geometries(config.engram, config.vocab_size).items()
+    }
+
+
+def _fp32_modules(block: Block) -> list[nn.Module]:
+    """Modules of a block whose small parameters decide much: hyper-connection sites and router."""
+    sites = [block.attention_site, block.ffn_site]
+    routers = [block.ffn.router] if isinstance(block.ffn, MoeLayer) else []
+    return [module for module in [*sites, *routers] if any(True for _ in module.parameters())]

@@ -1,0 +1,1 @@
+"""Monitors: quantities watched beside the loss, one file each."""

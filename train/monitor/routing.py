@@ -1,0 +1,30 @@
+"""How evenly the routers use their experts."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from train.metrics import Record
+
+
+def routing_metrics(
+    counts: Int[Tensor, "layers experts"], biases: list[Float[Tensor, "experts"]]
+) -> Record:
+    """Load of the experts in one optimizer step, averaged over the MoE layers.
+
+    Args:
+        counts: tokens that each expert of each layer received, over all ranks.
+        biases: the load-balancing bias of each layer.
+
+    Returns:
+        `moe/load_max_over_mean` (1 is even), `moe/load_cv` (standard deviation over mean),
+        `moe/dead_experts` (experts without a token, summed over layers) and `moe/bias_abs_max`.
+    """
+    load = counts.double()
+    mean = load.mean(dim=1).clamp(min=1e-12)
+    return {
+        "moe/load_max_over_mean": (load.amax(dim=1) / mean).mean().item(),
+        "moe/load_cv": (load.std(dim=1, correction=0) / mean).mean().item(),
+        "moe/dead_experts": int((counts == 0).sum().item()),
+        "moe/bias_abs_max": torch.stack([bias.abs().amax() for bias in biases]).amax().item(),
+    }

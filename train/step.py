@@ -1,0 +1,142 @@
+"""One optimizer step: microbatches, one gradient norm, a guard, the update, the router's bias.
+
+One scaling rule everywhere: a rank's loss is the sum over its own tokens divided by the number of
+valid labels of the WHOLE global batch, and every gradient reduction is a plain sum. So no layout,
+accumulation depth or uneven number of labels needs a factor.
+"""
+
+import math
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from data.loader import Batch
+from parallel.apply import set_gradient_sync
+from parallel.gradients import clip_by_global_norm
+from train.build import Training
+from train.metrics import Record
+from train.model.mtp import mtp_labels
+from train.monitor.routing import routing_metrics
+from train.optim.groups import set_learning_rate
+from train.optim.schedule import learning_rate
+
+
+def train_step(training: Training, batch: Batch, step: int) -> Record:
+    """Train on this rank's part of the global batch of optimizer step `step`.
+
+    Returns:
+        Global values of the step, the same on every rank.
+
+    Raises:
+        FloatingPointError: loss or gradient norm is not finite; on all ranks alike, and before the
+            parameters change.
+    """
+    config, model = training.config, training.model
+    model.train()
+    set_balance_scale(training)
+    valid = count_labels(training, batch)
+    sums = torch.zeros(3, dtype=training.sum_dtype, device=training.device)
+    microbatches = split(batch, config.train.micro_batch_size)
+    for index, part in enumerate(microbatches):
+        set_gradient_sync(model, index == len(microbatches) - 1)
+        losses = token_losses(training, part) / valid
+        main, mtp = losses.unbind()
+        (main + config.model.mtp_loss_weight * mtp).backward()  # type: ignore[no-untyped-call]
+        sums[:2] += losses.detach()
+    sums[2] = sum(moe.take_balance_loss() for moe in model.moe_layers())
+    dist.all_reduce(sums)
+    gradient_norm = clip_by_global_norm(
+        dict(model.named_parameters()), config.optim.max_grad_norm, sum_dtype=training.sum_dtype
+    ).item()
+    loss_main, loss_mtp, loss_balance = sums.tolist()
+    loss = loss_main + config.model.mtp_loss_weight * loss_mtp + loss_balance
+    guard_finite(step, loss=loss, gradient_norm=gradient_norm)
+
+    rate = learning_rate(config.optim, step, config.train.steps)
+    set_learning_rate(training.optimizer, rate)
+    training.optimizer.step()
+    training.optimizer.zero_grad()
+    record: Record = {"loss": loss, "loss_main": loss_main}
+    if config.model.mtp_depth:
+        record["loss_mtp"] = loss_mtp
+    record |= {"loss_balance": loss_balance, "grad_norm": gradient_norm, "learning_rate": rate}
+    return record | update_router_bias(training)
+
+
+def split(batch: Batch, size: int) -> list[Batch]:
+    """Cut a rank's sequences into microbatches of `size`."""
+    return [
+        Batch(
+            input_ids=batch.input_ids[rows],
+            labels=batch.labels[rows],
+            position_ids=batch.position_ids[rows],
+            document_ids=batch.document_ids[rows],
+        )
+        for rows in (slice(i, i + size) for i in range(0, len(batch.labels), size))
+    ]
+
+
+def token_losses(training: Training, part: Batch) -> Float[Tensor, "2"]:
+    """Summed cross-entropy of one microbatch: next token, and the token after it (0 without MTP)."""
+    move = training.device
+    labels, documents = part.labels.to(move), part.document_ids.to(move)
+    output = training.model(part.input_ids.to(move), part.position_ids.to(move), documents)
+    main = summed_cross_entropy(output.logits, labels)
+    mtp = torch.zeros_like(main)
+    for logits in output.mtp_logits:
+        mtp = mtp + summed_cross_entropy(logits, mtp_labels(labels, documents))
+    return torch.stack([main, mtp])
+
+
+def summed_cross_entropy(
+    logits: Float[Tensor, "batch seq vocab"], labels: Int[Tensor, "batch seq"]
+) -> Float[Tensor, ""]:
+    """Cross-entropy summed over the valid labels (>= 0), computed in fp32 or wider."""
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return F.cross_entropy(wide.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
+
+
+def count_labels(training: Training, batch: Batch) -> Float[Tensor, "2"]:
+    """Valid labels of the global batch for the main and the MTP loss, at least 1 each.
+
+    Communication: one all-reduce of two numbers over the world.
+    """
+    further = mtp_labels(batch.labels, batch.document_ids)
+    counts = torch.stack([(batch.labels >= 0).sum(), (further >= 0).sum()])
+    counts = counts.to(training.device, training.sum_dtype)
+    dist.all_reduce(counts)
+    return counts.clamp(min=1.0).to(training.loss_dtype)
+
+
+def set_balance_scale(training: Training) -> None:
+    """Give every MoE layer the factor that makes local balance losses add up to the mean."""
+    scale = training.config.model.moe.balance_loss_weight / training.config.train.global_batch_size
+    for moe in training.model.moe_layers():
+        moe.balance_scale = scale
+
+
+def guard_finite(step: int, *, loss: float, gradient_norm: float) -> None:
+    """Stop before a broken update. Both values are global, so every rank decides alike."""
+    if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
+        raise FloatingPointError(
+            f"step {step}: loss={loss}, gradient norm={gradient_norm}; the parameters were not "
+            "updated. Resume from the last checkpoint with a lower optim.learning_rate"
+        )
+
+
+def update_router_bias(training: Training) -> Record:
+    """Move every router's load-balancing bias once; returns the load metrics.
+
+    Communication: one all-reduce of the token counts [MoE layers, experts] over the world.
+    """
+    layers = training.model.moe_layers()
+    if not layers:
+        return {}
+    counts = torch.stack([moe.take_load_counts() for moe in layers])
+    dist.all_reduce(counts)
+    for moe, layer_counts in zip(layers, counts, strict=True):
+        moe.update_bias(layer_counts)
+    return routing_metrics(counts, [moe.expert_bias for moe in layers])
