@@ -32,8 +32,9 @@ class ProgressLine:
         self._stale = last_record(run_dir)
         """The end of an earlier attempt, until this one writes."""
         self._shown = first_step
-        self._started = time.monotonic()
-        self._next_line = self._started
+        self._first_seen: tuple[int, float] | None = None
+        """Step of the first record and when it came: what went before is start-up, not training."""
+        self._next_line = time.monotonic()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
         self._bar: tqdm[Any] | None = None
@@ -78,6 +79,7 @@ class ProgressLine:
         record = last_record(self._run_dir)
         if record is None or record == self._stale or record["step"] == self._shown:
             return
+        self._first_seen = self._first_seen or (record["step"], time.monotonic())
         if self._bar is not None:
             self._redraw(self._bar, record)
         elif last or time.monotonic() >= self._next_line:
@@ -93,8 +95,11 @@ class ProgressLine:
 
     def _plain_line(self, record: dict[str, Any]) -> str:
         step = record["step"]
-        passed = time.monotonic() - self._started
-        left = passed / max(step - self._first_step, 1) * (self._steps - step)
+        first, since = self._first_seen or (step, 0.0)
+        seconds = record.get("step_seconds", 0.0)
+        if step > first:
+            seconds = (time.monotonic() - since) / (step - first)
+        left = seconds * (self._steps - step)
         return f"step {step}/{self._steps}  {_numbers(record)}  {tqdm.format_interval(left)} left"
 
 

@@ -20,6 +20,17 @@ from train.lifetime import LAUNCHER_PID
 
 _LOG_TAIL_LINES = 5
 
+_ALLOCATOR = ":".join(
+    [
+        "glibc.malloc.hugetlb=1",
+        "glibc.malloc.mmap_threshold=4294967296",
+        "glibc.malloc.trim_threshold=8589934592",
+        "glibc.malloc.top_pad=67108864",
+    ]
+)
+"""Keeps freed host memory in the process. By default glibc returns large blocks to the kernel after
+each use, and faulting them in again costs a CPU run a tenth of its speed and more."""
+
 
 class Rank:
     """One process with its log, in a process group of its own."""
@@ -112,18 +123,22 @@ def start_ranks(
     inherited = {
         name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")
     }
-    common = inherited | {
-        "WORLD_SIZE": str(count),
-        "LOCAL_WORLD_SIZE": str(count),
-        "GROUP_RANK": "0",
-        "GROUP_WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_RUN_ID": run_id,
-        "OMP_NUM_THREADS": str(threads),
-        "PYTHONSAFEPATH": "1",  # a `train.py` in the user's directory must not shadow ours
-        LAUNCHER_PID: str(os.getpid()),
-    }
+    common = (
+        {"GLIBC_TUNABLES": _ALLOCATOR}
+        | inherited
+        | {
+            "WORLD_SIZE": str(count),
+            "LOCAL_WORLD_SIZE": str(count),
+            "GROUP_RANK": "0",
+            "GROUP_WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "TORCHELASTIC_RUN_ID": run_id,
+            "OMP_NUM_THREADS": str(threads),
+            "PYTHONSAFEPATH": "1",  # a `train.py` in the user's directory must not shadow ours
+            LAUNCHER_PID: str(os.getpid()),
+        }
+    )
     ranks: list[Rank] = []
     try:
         for number in range(count):

@@ -3,9 +3,11 @@
 `launch.cli` calls these; what runs the ranks is `launch.local`. No torch.
 """
 
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast, get_args
 
 from launch.compose import Recipe, RecipeError, change, compose
 from launch.corpus import corpus_problems
@@ -20,6 +22,7 @@ from launch.run_dir import (
 )
 from launch.runs import next_token_loss, read_metrics, read_status
 from launch.schema import flatten, show
+from parallel.config import BackendName
 from train.checkpoint.commit import newest_checkpoint
 from train.config import RunConfig
 from train.recipe import load_resolved
@@ -50,7 +53,7 @@ def _prepare(recipe: Recipe, run_dir: Path | None) -> Path:
         RecipeError: the corpus is missing or does not fit.
         RunDirError: the directory is in use.
     """
-    if problems := corpus_problems(recipe.config):
+    if problems := _obstacles(recipe.config):
         raise RecipeError(problems)
     path = new_run_dir(recipe.config.name, run_dir)
     write_environment(path)
@@ -70,7 +73,7 @@ def resume(run_dir: Path, overrides: Sequence[str]) -> int:
         pass
     before = load_resolved(run_dir / "recipe.yaml")
     config = change(before, overrides, CHANGEABLE)
-    if problems := corpus_problems(config):
+    if problems := _obstacles(config):
         raise RecipeError([*problems, *_started_elsewhere(run_dir)])
     newest = newest_checkpoint(run_dir)
     step = newest[0] if newest else 0
@@ -87,6 +90,20 @@ def resume(run_dir: Path, overrides: Sequence[str]) -> int:
     if config != before:
         write_recipe(run_dir, config, overrides)
     return _run_and_summarize(run_dir, config)
+
+
+def _obstacles(config: RunConfig) -> list[str]:
+    """Why a valid recipe cannot be trained here."""
+    problems = corpus_problems(config)
+    name, where = config.parallel.backend, "parallel.backend"
+    if chosen := os.environ.get("MNEME_BACKEND"):
+        name, where = cast(BackendName, chosen), "MNEME_BACKEND"
+    known = get_args(BackendName)
+    if name not in known:
+        problems.append(f"{where}={name}: no such backend; use one of {', '.join(known)}")
+    elif name == "dry":
+        problems.append(f"{where}=dry: plans only, its tensors have no memory; use auto")
+    return problems
 
 
 def _started_elsewhere(run_dir: Path) -> list[str]:

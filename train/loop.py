@@ -26,9 +26,7 @@ def train(config: RunConfig, run_dir: Path, stop: StopRequest) -> int:
     """
     training = build(config)
     corpus = fingerprint(config.data)
-    restored = restore(
-        run_dir, training.model, training.optimizer, training.data_lanes(), corpus=corpus
-    )
+    restored = resume(training, run_dir, corpus)
     progress = restored or Progress(step=0, tokens=0, data_state={})
     with ExitStack() as stack:
         log = open_log(training, run_dir, progress.step, stack)
@@ -55,6 +53,7 @@ def train(config: RunConfig, run_dir: Path, stop: StopRequest) -> int:
                     training.model,
                     training.optimizer,
                     progress,
+                    rng_state=training.backend.rng_state(),
                     corpus=corpus,
                     keep_last=config.checkpoint.keep_last,
                 )
@@ -62,6 +61,22 @@ def train(config: RunConfig, run_dir: Path, stop: StopRequest) -> int:
                     detail = f"{path.name} on {stop.signal_name}" if exit_code else path.name
                     append_event(run_dir, step=step, rank=0, event="checkpoint", detail=detail)
     return exit_code
+
+
+def resume(training: Training, run_dir: Path, corpus: str) -> Progress | None:
+    """Load the newest checkpoint into `training`; None where there is none."""
+    rng_state = training.backend.rng_state()
+    progress = restore(
+        run_dir,
+        training.model,
+        training.optimizer,
+        training.data_lanes(),
+        rng_state=rng_state,
+        corpus=corpus,
+    )
+    training.backend.set_rng_state(rng_state)
+    training.backend.reset_peak_memory()
+    return progress
 
 
 def open_log(

@@ -4,9 +4,11 @@
     optim.<key>.<name>      AdamW's exp_avg, exp_avg_sq and step, by parameter name
     buffer.<name>           persistent buffers, such as the router's load-balancing bias
     data.lane/<number>      the position of each virtual lane of the data, as JSON
+    rng.<rank>              random-number state of each rank's device
 
 plus `checkpoint.json` (step, tokens, what the corpus was). The learning rate is a function of the
-step and the step draws no random numbers, so neither needs a state.
+step and has no state. Random-number states are restored in a world of the same size only; nothing
+that the model learns from depends on them.
 """
 
 import json
@@ -17,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
@@ -43,6 +45,7 @@ def save(
     optimizer: torch.optim.Optimizer,
     progress: Progress,
     *,
+    rng_state: Tensor,
     corpus: str,
     keep_last: int,
 ) -> Path:
@@ -57,6 +60,7 @@ def save(
         begin(run_dir, progress.step)
     dist.barrier()
     state = _tensors(model, optimizer) | {f"data.{k}": v for k, v in progress.data_state.items()}
+    state[f"rng.{dist.get_rank()}"] = rng_state
     save_distributed(state, checkpoint_id=temporary)
     if first:
         meta = {
@@ -79,6 +83,7 @@ def restore(
     optimizer: torch.optim.Optimizer,
     lanes: Iterable[str],
     *,
+    rng_state: Tensor,
     corpus: str,
 ) -> Progress | None:
     """Load the newest committed checkpoint in place; None where there is none.
@@ -88,6 +93,7 @@ def restore(
         model: its parameters and buffers are overwritten.
         optimizer: its states are created and overwritten.
         lanes: names of the data lanes that this rank owns.
+        rng_state: overwritten with this rank's, if the world has the size that it was saved with.
         corpus: fingerprint of today's corpus.
 
     Raises:
@@ -109,6 +115,8 @@ def restore(
         )
     create_optimizer_states(optimizer)
     state = _tensors(model, optimizer) | {f"data.{lane}": "" for lane in lanes}
+    if meta["world_size"] == dist.get_world_size():
+        state[f"rng.{dist.get_rank()}"] = rng_state
     load(state, checkpoint_id=path)
     positions = {k.removeprefix("data."): v for k, v in state.items() if k.startswith("data.")}
     return Progress(step=step, tokens=meta["tokens"], data_state=positions)

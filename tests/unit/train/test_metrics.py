@@ -1,6 +1,9 @@
 import json
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from train.metrics import MetricsLog, TensorBoardSink, append_event
@@ -44,3 +47,20 @@ def test_events_are_rows_with_the_fixed_keys(tmp_path: Path) -> None:
     append_event(tmp_path, step=3, rank=0, event="checkpoint", detail="step-00000003")
     row = json.loads((tmp_path / "events.jsonl").read_text())
     assert set(row) == {"time", "step", "rank", "event", "detail"}
+
+
+@pytest.mark.timeout(120)
+def test_wandb_keeps_the_numbers_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    # A process of its own: wandb leaves threads and handlers behind.
+    code = (
+        "import sys; from pathlib import Path; from train.config import MonitorConfig;"
+        "from train.metrics import WandbSink;"
+        "sink = WandbSink(Path(sys.argv[1]), MonitorConfig(), {'name': 'x'});"
+        "sink.write({'step': 1, 'loss': 2.625}); sink.close()"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=110)
+    [written] = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    content = written.read_bytes()
+    assert b"loss" in content
+    assert b"2.625" in content
