@@ -47,5 +47,5 @@ def measure(overrides: list[str]) -> float:
             stdout=subprocess.DEVNULL,
         )
         lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    speeds = [json.loads(line)["tokens_per_second"] for line in lines[WARM_UP:]]
+    speeds: list[float] = [json.loads(line)["tokens_per_second"] for line in lines[WARM_UP:]]
     return statistics.median(speeds)

@@ -1,8 +1,8 @@
 import json
 import os
 import pty
-import select
 import re
+import select
 import termios
 import time
 from collections.abc import Callable
