@@ -26,8 +26,7 @@ _LONE_SPACE = "\ue000"
 class HashGeometry:
     """Constants of one layer's hash."""
 
-    multipliers: tuple[int, ...]
-    """Odd factor of the token that stands i places back."""
+    layer: int
     moduli: tuple[tuple[int, ...], ...]
     """Prime rows of each head, by order; all distinct over the whole model."""
 
@@ -43,17 +42,11 @@ class HashGeometry:
         return sum(map(sum, self.moduli))
 
 
-def hash_geometries(config: EngramConfig, vocab_size: int) -> dict[int, HashGeometry]:
+def hash_geometries(config: EngramConfig) -> dict[int, HashGeometry]:
     """Constants of every Engram layer, by layer index.
 
     Moduli are the primes from `rows_per_head` upwards that no earlier layer, order or head has
-    taken. Multipliers are `2 r + 1` with r from numpy's generator seeded with
-    `seed + 10007 * layer`, below (2^63 - 1) / vocab_size / 2, so that products stay positive.
-
-    Args:
-        config: geometry.
-        vocab_size: bound of the token ids that are hashed. The released code uses the compressed
-            vocabulary's; the model uses the whole one's, so that the rows do not depend on it.
+    taken.
     """
     taken: set[int] = set()
     geometries = {}
@@ -62,13 +55,25 @@ def hash_geometries(config: EngramConfig, vocab_size: int) -> dict[int, HashGeom
             tuple(_next_prime(config.rows_per_head, taken) for _ in range(config.num_heads))
             for _ in config.ngram_orders
         )
-        generator = np.random.default_rng(config.seed + _LAYER_PRIME * layer)
-        bound = max(1, (2**63 - 1) // vocab_size // 2)
-        drawn = generator.integers(0, bound, size=max(config.ngram_orders), dtype=np.int64)
-        geometries[layer] = HashGeometry(
-            multipliers=tuple(int(r) * 2 + 1 for r in drawn), moduli=moduli
-        )
+        geometries[layer] = HashGeometry(layer=layer, moduli=moduli)
     return geometries
+
+
+def hash_multipliers(config: EngramConfig, layer: int, vocab_size: int) -> list[int]:
+    """Odd factor of the token that stands i places back, for i below the highest order.
+
+    `2 r + 1` with r from numpy's generator seeded with `seed + 10007 * layer`, below
+    (2^63 - 1) / vocab_size / 2, so that products stay positive.
+
+    Args:
+        config: seed and orders.
+        layer: index of the layer.
+        vocab_size: number of different ids that are hashed: of the compressed vocabulary.
+    """
+    generator = np.random.default_rng(config.seed + _LAYER_PRIME * layer)
+    bound = max(1, (2**63 - 1) // vocab_size // 2)
+    drawn = generator.integers(0, bound, size=max(config.ngram_orders), dtype=np.int64)
+    return [int(r) * 2 + 1 for r in drawn]
 
 
 def _next_prime(lowest: int, taken: set[int]) -> int:
@@ -92,7 +97,8 @@ class NgramHash(nn.Module):
     (x_{t-n+1} m_{n-1}); head k reads row `offset + mix mod prime`. All heads of an order share the
     mix. Places before the start of the document hold the pad token.
 
-    `token_map` compresses token ids (see `compress_vocabulary`); it starts as the identity.
+    `token_map` compresses token ids (see `compress_vocabulary`); it starts as the identity. The
+    multipliers depend on how many ids are left, as in the released code.
     """
 
     token_map: Tensor
@@ -102,11 +108,12 @@ class NgramHash(nn.Module):
 
     def __init__(self, config: EngramConfig, geometry: HashGeometry, vocab_size: int) -> None:
         super().__init__()
+        self.config = config
         self.orders, self.num_heads = config.ngram_orders, config.num_heads
         self.pad_token_id, self.geometry = config.pad_token_id, geometry
         sizes = {
             "token_map": vocab_size,
-            "multipliers": len(geometry.multipliers),
+            "multipliers": max(self.orders),
             "moduli": len(self.orders) * self.num_heads,
             "offsets": len(self.orders) * self.num_heads,
         }
@@ -119,7 +126,7 @@ class NgramHash(nn.Module):
         flat = [modulus for heads in self.geometry.moduli for modulus in heads]
         for buffer, values in (
             (self.token_map, range(len(self.token_map))),
-            (self.multipliers, self.geometry.multipliers),
+            (self.multipliers, self._multipliers(len(self.token_map))),
             (self.moduli, flat),
             (self.offsets, self.geometry.offsets),
         ):
@@ -137,6 +144,11 @@ class NgramHash(nn.Module):
                 f"tokens; use {len(compressed)} or more"
             )
         self.token_map[: len(compressed)] = compressed.to(self.token_map.device)
+        multipliers = self._multipliers(int(compressed.max()) + 1)
+        self.multipliers.copy_(torch.tensor(multipliers, dtype=torch.int64, device="cpu"))
+
+    def _multipliers(self, num_ids: int) -> list[int]:
+        return hash_multipliers(self.config, self.geometry.layer, num_ids)
 
     def forward(
         self, input_ids: Int[Tensor, "batch seq"], document_ids: Int[Tensor, "batch seq"]

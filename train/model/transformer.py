@@ -137,7 +137,7 @@ def _build_engrams(config: ModelConfig) -> dict[int, Engram]:
             streams=num_streams(config),
             eps=config.rms_norm_eps,
         )
-        for index, geometry in hash_geometries(config.engram, config.vocab_size).items()
+        for index, geometry in hash_geometries(config.engram).items()
     }
 
 

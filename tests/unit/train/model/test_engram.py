@@ -12,7 +12,7 @@ def memory(streams: int) -> Engram:
     torch.manual_seed(0)
     made = Engram(
         MEMORY,
-        hash_geometries(MEMORY, 64)[1],
+        hash_geometries(MEMORY)[1],
         vocab_size=64,
         hidden_size=6,
         streams=streams,

@@ -6,7 +6,12 @@ import torch
 
 from tests.unit.train.model.tiny import MEMORY
 from train.model.config import EngramConfig
-from train.model.engram_hash import NgramHash, compress_vocabulary, hash_geometries
+from train.model.engram_hash import (
+    NgramHash,
+    compress_vocabulary,
+    hash_geometries,
+    hash_multipliers,
+)
 
 
 def test_golden_values_of_v41() -> None:
@@ -14,18 +19,21 @@ def test_golden_values_of_v41() -> None:
     config = EngramConfig(
         layers=(1, 14), ngram_orders=(2, 3, 4), num_heads=8, rows_per_head=16_000_000, seed=0
     )
-    found = hash_geometries(config, vocab_size=99092)
+    found = hash_geometries(config)
     assert found[1].num_rows == 384006168
     assert found[14].num_rows == 384016682
     assert found[1].moduli[0][:3] == (16000057, 16000079, 16000081)
     assert found[14].moduli[2][-3:] == (16000877, 16000879, 16000889)
-    assert found[1].multipliers == (
+    ngrams = {layer: NgramHash(config, geometry, 129280) for layer, geometry in found.items()}
+    for module in ngrams.values():
+        module.set_token_map(torch.arange(129280) % 99092)
+    assert tuple(ngrams[1].multipliers.tolist()) == (
         76632096046245,
         4839876093313,
         35959672319349,
         73987337458391,
     )
-    assert found[14].multipliers == (
+    assert tuple(ngrams[14].multipliers.tolist()) == (
         67716810739261,
         51510806800915,
         30921347202721,
@@ -37,7 +45,8 @@ def loop_rows(
     config: EngramConfig, layer: int, vocab: int, tokens: list[int], starts: list[int]
 ) -> list[list[int]]:
     """The published algorithm with Python's integers, token by token."""
-    geometry = hash_geometries(config, vocab)[layer]
+    geometry = hash_geometries(config)[layer]
+    multipliers = hash_multipliers(config, layer, vocab)
     rows = []
     for place in range(len(tokens)):
         start = max(s for s in starts if s <= place)
@@ -46,7 +55,7 @@ def loop_rows(
             mix = 0
             for back in range(order):
                 token = tokens[place - back] if place - back >= start else config.pad_token_id
-                mix ^= token * geometry.multipliers[back]
+                mix ^= token * multipliers[back]
             for modulus in heads:
                 columns.append(mix % modulus + offset)
                 offset += modulus
@@ -60,14 +69,14 @@ def test_rows_equal_exact_integer_arithmetic_within_documents(orders: tuple[int,
     vocab = 129280
     tokens = np.random.default_rng(0).integers(0, vocab, 12).tolist()
     documents = torch.tensor([[0] * 5 + [1] * 1 + [2] * 6])
-    for layer, geometry in hash_geometries(config, vocab).items():
+    for layer, geometry in hash_geometries(config).items():
         rows = NgramHash(config, geometry, vocab)(torch.tensor([tokens]), documents)
         assert rows[0].tolist() == loop_rows(config, layer, vocab, tokens, [0, 5, 6])
         assert int(rows.max()) < geometry.num_rows
 
 
 def test_tokens_that_compress_to_one_id_share_rows() -> None:
-    geometry = hash_geometries(MEMORY, 6)[1]
+    geometry = hash_geometries(MEMORY)[1]
     ngrams = NgramHash(MEMORY, geometry, 6)
     documents = torch.zeros(1, 3, dtype=torch.int64)
     first, second = torch.tensor([[3, 4, 5]]), torch.tensor([[0, 4, 5]])
@@ -79,7 +88,7 @@ def test_tokens_that_compress_to_one_id_share_rows() -> None:
 
 
 def test_one_token_sequences_see_only_padding() -> None:
-    ngrams = NgramHash(MEMORY, hash_geometries(MEMORY, 64)[1], 64)
+    ngrams = NgramHash(MEMORY, hash_geometries(MEMORY)[1], 64)
     rows = ngrams(torch.tensor([[9]]), torch.tensor([[0]]))
     assert rows[0].tolist() == loop_rows(MEMORY, 1, 64, [9], [0])
 
