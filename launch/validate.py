@@ -12,6 +12,7 @@ from typing import Any
 
 from parallel.layout import ParallelLayout
 from train.config import RunConfig
+from train.model.rules import violations
 
 Problems = Iterator[str]
 Rule = Callable[[RunConfig], Problems]
@@ -113,23 +114,8 @@ def _layout(config: RunConfig) -> Problems:
     yield from layout.problems(config.model.moe.num_experts)
 
 
-def _not_implemented(config: RunConfig) -> Problems:
-    """Values of the schema whose code does not exist yet."""
-    for path, value, missing, works in (
-        ("model.attention", config.model.attention, ("dsa", "v4_hybrid"), "mla"),
-        ("model.router", config.model.router, ("hash",), "sigmoid"),
-    ):
-        if value in missing:
-            yield f"{path}={value}: not implemented yet; use {path}={works}"
-
-
-def _experts(config: RunConfig) -> Problems:
-    moe = config.model.moe
-    if moe.num_experts_per_token > moe.num_experts:
-        yield (
-            f"model.moe.num_experts_per_token={moe.num_experts_per_token}: more than "
-            f"model.moe.num_experts={moe.num_experts}; use {moe.num_experts} or fewer"
-        )
+def _model(config: RunConfig) -> Problems:
+    yield from violations(config.model)
 
 
 def _batch(config: RunConfig) -> Problems:
@@ -172,53 +158,6 @@ def _sources(config: RunConfig) -> Problems:
         yield "data.sources={}: nothing to train on; use data=quickstart"
 
 
-def _attention(config: RunConfig) -> Problems:
-    width = config.model.mla.qk_rope_head_dim
-    if width % 2:
-        yield (
-            f"model.mla.qk_rope_head_dim={width}: rotary positions turn pairs of numbers, so it "
-            f"must be even; use {_list(_multiples(width, 2))}"
-        )
-
-
-def _layers(config: RunConfig) -> Problems:
-    model = config.model
-    if model.num_dense_layers > model.num_layers:
-        yield (
-            f"model.num_dense_layers={model.num_dense_layers}: more than "
-            f"model.num_layers={model.num_layers}; use {model.num_layers} or fewer"
-        )
-    if model.mtp_depth > 1:
-        yield (
-            f"model.mtp_depth={model.mtp_depth}: predicting more than one further token is not "
-            "implemented yet; use 0 or 1"
-        )
-
-
-def _engram(config: RunConfig) -> Problems:
-    engram, depth = config.model.engram, config.model.num_layers
-    if engram is None:
-        return
-    layers, orders = list(engram.layers), list(engram.ngram_orders)
-    outside = [layer for layer in layers if not 0 <= layer < depth]
-    if outside or not layers or len(set(layers)) < len(layers):
-        yield (
-            f"model.engram.layers={_brackets(layers)}: must be different layers from 0 to "
-            f"{depth - 1}, at least one; for example [{min(1, depth - 1)}], "
-            "or switch the memory off with model.engram=null"
-        )
-    if not orders or orders != list(range(2, len(orders) + 2)):
-        yield (
-            f"model.engram.ngram_orders={_brackets(orders)}: must be consecutive from 2; "
-            "use [2], [2,3] or [2,3,4]"
-        )
-    if engram.pad_token_id >= config.model.vocab_size:
-        yield (
-            f"model.engram.pad_token_id={engram.pad_token_id}: not a token of "
-            f"model.vocab_size={config.model.vocab_size}; use 0 to {config.model.vocab_size - 1}"
-        )
-
-
 def _evaluation(config: RunConfig) -> Problems:
     number, data = config.evaluate.num_sequences, config.parallel.data_parallel_size
     if config.evaluate.every_steps and number % data:
@@ -241,14 +180,10 @@ def _schedule(config: RunConfig) -> Problems:
 _RULES: list[Rule] = [
     _name,
     _layout,
-    _not_implemented,
-    _experts,
+    _model,
     _batch,
     _lanes,
     _sources,
-    _attention,
-    _layers,
-    _engram,
     _evaluation,
     _schedule,
 ]
@@ -270,7 +205,3 @@ def _list(values: list[Any]) -> str:
     if len(words) > 8:
         words = [*words[:6], "...", words[-1]]
     return " or ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else words[0]
-
-
-def _brackets(values: list[int]) -> str:
-    return str(values).replace(" ", "")

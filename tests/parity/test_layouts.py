@@ -18,7 +18,8 @@ from tests.harness import run_distributed
 from train.build import build
 from train.config import OptimConfig, RunConfig, TrainConfig
 from train.evaluate import evaluate
-from train.model.config import EngramConfig, ModelConfig, MoeConfig
+from train.model.config import EngramConfig, ModelConfig
+from train.model.moe.config import MoeConfig
 from train.step import train_step
 
 STEPS = 3

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from parallel.apply import ModelParts
 from train.model.block import Block
-from train.model.config import ModelConfig, violations
+from train.model.config import ModelConfig
 from train.model.embedding import OutputHead, TokenEmbedding
 from train.model.engram import Engram
 from train.model.engram_hash import hash_geometries
@@ -20,6 +20,7 @@ from train.model.moe.layer import MoeLayer
 from train.model.mtp import MultiTokenPrediction, next_tokens
 from train.model.norm import RMSNorm
 from train.model.residual import expand_streams, num_streams, read_out
+from train.model.rules import violations
 
 
 @dataclass(frozen=True)

@@ -162,8 +162,8 @@ def test_everything_is_reported_at_once(nano: RunConfig) -> None:
     found = validate(broken, nproc=3)
     assert [problem.split("=")[0] for problem in found] == [
         "model.router",
-        "train.micro_batch_size",
         "model.mtp_depth",
+        "train.micro_batch_size",
         "world size ",
     ]
     assert found[-1].endswith("use --nproc 4 or parallel.data_parallel_size=3")

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from train.model.config import MoeConfig
 from train.model.ffn import swiglu
+from train.model.moe.config import MoeConfig
 
 
 class Experts(nn.Module):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from train.model.config import MoeConfig, RouterKind
+from train.model.moe.config import MoeConfig, RouterKind
 
 
 class Router(nn.Module):

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from tests.unit.train.model.tiny import TINY, with_changes
-from train.model.config import MoeConfig
+from train.model.moe.config import MoeConfig
 from train.model.moe.experts import Experts, LocalDispatcher
 from train.model.moe.layer import MoeLayer
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tests.harness import run_distributed
-from train.model.config import MoeConfig, RouterKind
+from train.model.moe.config import MoeConfig, RouterKind
 from train.model.moe.router import Router, sequence_balance_loss
 
 CONFIG = MoeConfig(num_experts=6, num_experts_per_token=2, routed_scaling_factor=1.5)

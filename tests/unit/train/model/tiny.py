@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from parallel.initialize import fill_parameters
-from train.model.config import EngramConfig, MlaConfig, ModelConfig, MoeConfig
+from train.model.attention.config import MlaConfig
+from train.model.config import EngramConfig, ModelConfig
 from train.model.initialize import parameter_init
+from train.model.moe.config import MoeConfig
 from train.model.transformer import Transformer
 
 TINY = ModelConfig(

@@ -1,0 +1,107 @@
+"""Rules that a well-typed `model.*` can break; called by `launch.validate` and by the model itself.
+
+One small function a rule; each yields lines `path=value: rule; what to type instead`. No torch.
+"""
+
+from collections.abc import Callable, Iterator
+
+from train.model.config import ModelConfig
+
+Problems = Iterator[str]
+
+
+def violations(config: ModelConfig) -> list[str]:
+    """Everything that is wrong with a model; empty if it can be built.
+
+    The sizes must be positive already.
+    """
+    return [problem for rule in _RULES for problem in rule(config)]
+
+
+def _not_implemented(config: ModelConfig) -> Problems:
+    """Values of the schema whose code does not exist yet."""
+    for path, value, missing, works in (
+        ("model.attention", config.attention, ("dsa", "v4_hybrid"), "mla"),
+        ("model.router", config.router, ("hash",), "sigmoid"),
+    ):
+        if value in missing:
+            yield f"{path}={value}: not implemented yet; use {path}={works}"
+
+
+def _attention(config: ModelConfig) -> Problems:
+    width = config.mla.qk_rope_head_dim
+    if width % 2:
+        yield (
+            f"model.mla.qk_rope_head_dim={width}: rotary positions turn pairs of numbers, so it "
+            f"must be even; use {width - 1} or {width + 1}"
+        )
+
+
+def _residual(config: ModelConfig) -> Problems:
+    streams = config.hyper_connection.num_streams
+    if config.residual != "plain" and streams < 2:
+        yield (
+            f"model.hyper_connection.num_streams={streams}: at least 2 with "
+            f"model.residual={config.residual}; use 4, or model.residual=plain"
+        )
+
+
+def _experts(config: ModelConfig) -> Problems:
+    moe = config.moe
+    if moe.num_experts_per_token > moe.num_experts:
+        yield (
+            f"model.moe.num_experts_per_token={moe.num_experts_per_token}: more than "
+            f"model.moe.num_experts={moe.num_experts}; use {moe.num_experts} or fewer"
+        )
+
+
+def _layers(config: ModelConfig) -> Problems:
+    if config.num_dense_layers > config.num_layers:
+        yield (
+            f"model.num_dense_layers={config.num_dense_layers}: more than "
+            f"model.num_layers={config.num_layers}; use {config.num_layers} or fewer"
+        )
+    if config.mtp_depth > 1:
+        yield (
+            f"model.mtp_depth={config.mtp_depth}: predicting more than one further token is not "
+            "implemented yet; use 0 or 1"
+        )
+
+
+def _engram(config: ModelConfig) -> Problems:
+    engram, depth = config.engram, config.num_layers
+    if engram is None:
+        return
+    layers, orders = list(engram.layers), list(engram.ngram_orders)
+    outside = [layer for layer in layers if not 0 <= layer < depth]
+    if outside or not layers or len(set(layers)) < len(layers):
+        yield (
+            f"model.engram.layers={_brackets(layers)}: must be different layers from 0 to "
+            f"{depth - 1}, at least one; for example [{min(1, depth - 1)}], "
+            "or switch the memory off with model.engram=null"
+        )
+    if not orders or orders != list(range(2, len(orders) + 2)):
+        yield (
+            f"model.engram.ngram_orders={_brackets(orders)}: must be consecutive from 2; "
+            "use [2], [2,3] or [2,3,4]"
+        )
+    if not 0 <= engram.pad_token_id < config.vocab_size:
+        yield (
+            f"model.engram.pad_token_id={engram.pad_token_id}: not a token of "
+            f"model.vocab_size={config.vocab_size}; use 0 to {config.vocab_size - 1}"
+        )
+
+
+_RULES: list[Callable[[ModelConfig], Problems]] = [
+    _not_implemented,
+    _attention,
+    _residual,
+    _experts,
+    _layers,
+    _engram,
+]
+
+
+def _brackets(values: list[int]) -> str:
+    """A list as it is typed in an override."""
+    return str(values).replace(" ", "")
