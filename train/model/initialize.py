@@ -59,6 +59,8 @@ def _own_init(module: nn.Module, config: ModelConfig) -> dict[str, Init]:
             rules = {"weight": one}
         case nn.Linear() | TokenEmbedding() | OutputHead() | Router():
             rules = {"weight": normal}
+        case nn.LayerNorm():
+            rules = {"weight": one, "bias": zero}
         case EngramTable():
             rules = {"weight": zero}
         case Experts():

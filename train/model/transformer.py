@@ -11,6 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from parallel.apply import ModelParts
+from train.model.attention.config import IndexerStage
+from train.model.attention.trained_indexer import TrainedIndexer
 from train.model.block import Block
 from train.model.config import ModelConfig
 from train.model.embedding import OutputHead, TokenEmbedding
@@ -59,6 +61,8 @@ class Transformer(nn.Module):
             MultiTokenPrediction(config, Block(config, config.num_layers + depth))
             for depth in range(config.mtp_depth)
         )
+        if self.indexers():
+            self.set_indexer_stage(config.indexer.stage)
 
     def forward(
         self,
@@ -95,6 +99,38 @@ class Transformer(nn.Module):
         """The mixture-of-experts layers, in order, those of MTP last."""
         return [block.ffn for block in self.blocks() if isinstance(block.ffn, MoeLayer)]
 
+    def indexers(self) -> list[TrainedIndexer]:
+        """The indexers of sparse attention, in order, those of MTP last."""
+        return [module for module in self.modules() if isinstance(module, TrainedIndexer)]
+
+    def set_indexer_stage(self, stage: IndexerStage) -> None:
+        """Go on in another stage of sparse attention: see `IndexerConfig.stage`.
+
+        May be called between optimizer steps, on every rank alike, also on a sharded model. Names
+        and number of the parameters stay; `requires_grad` says which of them learn.
+
+        Raises:
+            ValueError: the model's attention has no indexer.
+        """
+        indexers = self.indexers()
+        if not indexers:
+            raise ValueError(
+                f"model.indexer.stage={stage}: model.attention={self.config.attention} has no "
+                "indexer; use model.attention=dsa"
+            )
+        for indexer in indexers:
+            indexer.stage = stage
+        theirs = {id(p) for indexer in indexers for p in indexer.parameters()}
+        for parameter in self.parameters():
+            is_indexer = id(parameter) in theirs
+            learns = stage == "sparse" or is_indexer == (stage == "dense_warmup")
+            parameter.requires_grad_(learns)
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether nothing but the indexers learns: also what is not moved by gradients stays."""
+        return any(indexer.stage == "dense_warmup" for indexer in self.indexers())
+
     def engram_layers(self) -> dict[int, Engram]:
         """The memories, by layer index."""
         return {
@@ -121,7 +157,12 @@ class Transformer(nn.Module):
             blocks=[*self.layers.values(), *self.mtp],
             expert_modules=[moe.experts for moe in self.moe_layers()],
             dispatch_sites=list(self.moe_layers()),
-            fp32_modules=[group for block in self.blocks() if (group := _fp32_modules(block))],
+            fp32_modules=[
+                group
+                for block in self.blocks()
+                for group in (_fp32_modules(block), _fp32_indexer_modules(block))
+                if group
+            ],
         )
 
 
@@ -147,3 +188,13 @@ def _fp32_modules(block: Block) -> list[nn.Module]:
     sites = [block.attention_site, block.ffn_site]
     routers = [block.ffn.router] if isinstance(block.ffn, MoeLayer) else []
     return [module for module in [*sites, *routers] if any(True for _ in module.parameters())]
+
+
+def _fp32_indexer_modules(block: Block) -> list[nn.Module]:
+    """Those of its indexer: a group of their own, for an idle indexer calls none of them."""
+    return [
+        module
+        for indexer in block.modules()
+        if isinstance(indexer, TrainedIndexer)
+        for module in indexer.fp32_modules()
+    ]

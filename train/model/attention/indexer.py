@@ -54,8 +54,13 @@ class Visibility:
 
     def hidden(self, start: int, end: int, keys: int) -> Bool[Tensor, "batch queries keys"]:
         """True where a query of [start, end) must not see one of the first `keys` keys."""
-        places = torch.arange(start, end, device=self.first_query.device)
-        other = self.query_documents[:, start:end, None] != self.key_documents[:, None, :keys]
+        return self.hidden_at(torch.arange(start, end, device=self.first_query.device), keys)
+
+    def hidden_at(
+        self, places: Int[Tensor, "queries"], keys: int
+    ) -> Bool[Tensor, "batch queries keys"]:
+        """The same for the queries at any places."""
+        other = self.query_documents[:, places, None] != self.key_documents[:, None, :keys]
         return other | (self.first_query[:, None, :keys] > places[:, None])
 
 
@@ -88,11 +93,17 @@ def select(
                 continue
             hidden = visible.hidden(start, end, keys)
             scores = index_scores(query[:, start:end], key[:, :keys], weights[:, start:end])
-            best = scores.masked_fill_(hidden, float("-inf")).topk(min(k, keys), sorted=False)
-            missing = best.values == float("-inf")
-            rows = best.indices.masked_fill_(missing, -1).int()
-            chosen[:, start:end, : rows.shape[-1]] = rows
+            best = best_keys(scores, hidden, min(k, keys))
+            chosen[:, start:end, : best.shape[-1]] = best
     return chosen
+
+
+def best_keys(
+    scores: Float[Tensor, "batch queries keys"], hidden: Bool[Tensor, "batch queries keys"], k: int
+) -> Int[Tensor, "batch queries k"]:
+    """int32 indices of the k largest scores, in no order; -1 in place of hidden keys."""
+    best = scores.masked_fill(hidden, float("-inf")).topk(k, sorted=False)
+    return best.indices.masked_fill_(best.values == float("-inf"), -1).int()
 
 
 def index_scores(
