@@ -99,6 +99,36 @@ def test_rules_across_parts_are_reported_beside_wrong_keys() -> None:
     )
 
 
+def test_rules_are_reported_beside_wrong_types_and_ranges_unless_they_follow_from_them() -> None:
+    found = problems(
+        "v4_nano",
+        "train.steps=many",
+        "optim.warmup_steps=1000",
+        "train.micro_batch_size=0",
+        "train.global_batch_size=18",
+        "parallel.expert_parallel_size=3",
+        "data.sources.x.weight=2",
+        "model.mtp_depth=2",
+    )
+    assert [problem.split(":")[0] for problem in found] == [
+        "data.sources.x.path",
+        "train.steps=many",
+        "train.micro_batch_size=0",
+        "parallel.expert_parallel_size=3",
+        "model.mtp_depth=2",
+        "train.global_batch_size=18",
+    ]
+
+
+def test_products_of_axes_are_not_judged_with_a_wrong_axis() -> None:
+    wrong = ("parallel.data_parallel_size=two", "parallel.expert_parallel_size=3")
+    found = problems("v4_nano", *wrong, "parallel.tensor_parallel_size=2", nproc=8)
+    assert [problem.split(":")[0] for problem in found] == [
+        "parallel.data_parallel_size=two",
+        "parallel.tensor_parallel_size=2",
+    ]
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [
