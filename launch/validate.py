@@ -24,6 +24,7 @@ _MAY_BE_ZERO = {
     "model.moe.num_shared_experts",
     "model.engram.seed",
     "model.engram.pad_token_id",
+    "model.vision.placeholder_token_id",
     "model.mtp_depth",
     "data.prefetch_batches",
     "optim.weight_decay",

@@ -43,12 +43,26 @@ class Block(nn.Module):
         input_ids: Int[Tensor, "batch seq"],
         position_ids: Int[Tensor, "batch seq"],
         document_ids: Int[Tensor, "batch seq"],
+        *,
+        pair_positions: Int[Tensor, "batch seq pairs"] | None = None,
     ) -> Float[Tensor, "batch seq streams hidden"]:
-        """Transform the streams; `input_ids` are what the memory is looked up by."""
+        """Transform the streams.
+
+        Args:
+            stream: residual streams.
+            input_ids: what the memory is looked up by.
+            position_ids: place of each token in its document.
+            document_ids: document of each token.
+            pair_positions: what each rotary pair turns by where that is not the place in the
+                document, see `axis_positions`; None for text.
+        """
         if self.engram is not None:
             stream = self.engram(stream, input_ids, document_ids)
         hidden, maps = self.attention_site(stream)
-        output = self.attention(self.attention_norm(hidden), position_ids, document_ids)
+        normalised = self.attention_norm(hidden)
+        output = self.attention(
+            normalised, position_ids, document_ids, pair_positions=pair_positions
+        )
         stream = self.attention_site.write(output, maps)
         hidden, maps = self.ffn_site(stream)
         return self.ffn_site.write(self.ffn(self.ffn_norm(hidden)), maps)

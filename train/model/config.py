@@ -7,6 +7,7 @@ from pydantic import ConfigDict
 
 from train.model.attention.config import AttentionKind, MlaConfig
 from train.model.moe.config import MoeConfig, RouterKind
+from train.model.multimodal.config import VisionConfig
 
 ResidualKind = Literal["plain", "hc", "mhc"]
 
@@ -82,6 +83,8 @@ class ModelConfig:
     moe: MoeConfig = field(default_factory=MoeConfig)
     engram: EngramConfig | None = None
     """Conditional memory; null trains without."""
+    vision: VisionConfig | None = None
+    """Images and video as input; null takes text only."""
     mtp_depth: int = 0
     """Tokens beyond the next that are predicted by extra blocks (V3 section 2.2); 0 or 1."""
     mtp_loss_weight: float = 0.3

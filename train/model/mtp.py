@@ -38,6 +38,8 @@ class MultiTokenPrediction(nn.Module):
         next_ids: Int[Tensor, "batch seq"],
         position_ids: Int[Tensor, "batch seq"],
         document_ids: Int[Tensor, "batch seq"],
+        *,
+        pair_positions: Int[Tensor, "batch seq pairs"] | None = None,
     ) -> Float[Tensor, "batch seq hidden"]:
         """What the shared head projects to the logits of token t+2.
 
@@ -47,10 +49,13 @@ class MultiTokenPrediction(nn.Module):
             next_ids: token t+1, see `next_tokens`.
             position_ids: those of the main model.
             document_ids: those of the main model.
+            pair_positions: those of the main model.
         """
         both = torch.cat([self.hidden_norm(hidden), self.embedding_norm(next_embedding)], dim=-1)
         stream = expand_streams(self.project(both), self.streams)
-        stream = self.block(stream, next_ids, position_ids, document_ids)
+        stream = self.block(
+            stream, next_ids, position_ids, document_ids, pair_positions=pair_positions
+        )
         normalised: Tensor = self.norm(read_out(stream))
         return normalised
 

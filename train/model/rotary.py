@@ -3,18 +3,21 @@
 Real arithmetic in fp32: complex numbers and fp64 do not exist on every accelerator.
 """
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 
 def rotary_tables(
-    position_ids: Int[Tensor, "batch seq"], width: int, theta: float
+    position_ids: Int[Tensor, "batch seq *pairs"], width: int, theta: float
 ) -> tuple[Float[Tensor, "batch seq pairs"], Float[Tensor, "batch seq pairs"]]:
     """Cosine and sine of `position * theta^(-2i/width)` for each pair i (arXiv 2104.09864, eq. 15).
 
     Args:
-        position_ids: position of each token within its document.
+        position_ids: position of each token within its document; or one for each pair of its
+            channels, see `axis_positions`.
         width: number of rotated channels, even.
         theta: base of the frequencies.
 
@@ -22,8 +25,30 @@ def rotary_tables(
         Two fp32 tables, one column per pair of channels.
     """
     exponents = torch.arange(0, width, 2, device=position_ids.device, dtype=torch.float32) / width
-    angles = position_ids[..., None].float() * theta**-exponents
+    positions = position_ids if position_ids.ndim == 3 else position_ids.unsqueeze(-1)
+    angles = positions.float() * theta**-exponents
     return angles.cos(), angles.sin()
+
+
+def axis_positions(
+    positions: Int[Tensor, "batch seq axes"], sections: Sequence[int]
+) -> Int[Tensor, "batch seq pairs"]:
+    """Position by which each rotary pair turns, when a token has one on each of several axes.
+
+    Pairs are dealt to the axes in turn until each has its share, so that every axis gets low and
+    high frequencies: the interleaved form of multimodal rotary embedding (Qwen3-VL, arXiv
+    2511.21631). A token with equal positions is turned as in one dimension, bit by bit.
+
+    Args:
+        positions: of each token on each axis.
+        sections: pairs of each axis.
+    """
+    left, axes = list(sections), list[int]()
+    while any(left):
+        turn = [axis for axis, pairs in enumerate(left) if pairs]
+        left = [max(0, pairs - 1) for pairs in left]
+        axes += turn
+    return positions[..., torch.tensor(axes, device=positions.device)]
 
 
 def rotate(

@@ -92,6 +92,34 @@ def _engram(config: ModelConfig) -> Problems:
         )
 
 
+def _vision(config: ModelConfig) -> Problems:
+    vision = config.vision
+    if vision is None:
+        return
+    sections, pairs = list(vision.rope_sections), config.mla.qk_rope_head_dim // 2
+    if len(sections) != 3 or min(sections) < 0 or sum(sections) != pairs:
+        third = pairs // 3
+        example = _brackets([pairs - 2 * third, third, third])
+        yield (
+            f"model.vision.rope_sections={_brackets(sections)}: must be three numbers of rotary "
+            f"pairs (t, h, w) that add up to half of model.mla.qk_rope_head_dim="
+            f"{config.mla.qk_rope_head_dim}; for example {example}"
+        )
+    if vision.placeholder_token_id >= config.vocab_size:
+        yield (
+            f"model.vision.placeholder_token_id={vision.placeholder_token_id}: not a token of "
+            f"model.vocab_size={config.vocab_size}; use 0 to {config.vocab_size - 1}"
+        )
+    encoder = vision.encoder
+    if encoder is not None and encoder.hidden_size % (4 * encoder.num_attention_heads):
+        step = 4 * encoder.num_attention_heads
+        yield (
+            f"model.vision.encoder.hidden_size={encoder.hidden_size}: each of "
+            f"{encoder.num_attention_heads} heads turns pairs of channels by row and by column, so "
+            f"it must be a multiple of {step}; use {-(-encoder.hidden_size // step) * step}"
+        )
+
+
 _RULES: list[Callable[[ModelConfig], Problems]] = [
     _not_implemented,
     _attention,
@@ -99,6 +127,7 @@ _RULES: list[Callable[[ModelConfig], Problems]] = [
     _experts,
     _layers,
     _engram,
+    _vision,
 ]
 
 

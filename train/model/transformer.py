@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from data.vision import VisionInput
 from parallel.apply import ModelParts
 from train.model.block import Block
 from train.model.config import ModelConfig
@@ -18,8 +19,11 @@ from train.model.engram import Engram
 from train.model.engram_hash import hash_geometries
 from train.model.moe.layer import MoeLayer
 from train.model.mtp import MultiTokenPrediction, next_tokens
+from train.model.multimodal.placeholders import PlacedRows
+from train.model.multimodal.tower import VisionTower
 from train.model.norm import RMSNorm
 from train.model.residual import expand_streams, num_streams, read_out
+from train.model.rotary import axis_positions
 from train.model.rules import violations
 
 
@@ -49,6 +53,9 @@ class Transformer(nn.Module):
             raise ValueError("\n".join(found))
         self.config = config
         self.embedding = TokenEmbedding(config.vocab_size, config.hidden_size)
+        self.vision: VisionTower | None = None
+        if config.vision is not None:
+            self.vision = VisionTower(config.vision, config.hidden_size, config.rms_norm_eps)
         memories = _build_engrams(config)
         self.layers = nn.ModuleDict(
             {str(i): Block(config, i, memories.get(i)) for i in range(config.num_layers)}
@@ -65,6 +72,7 @@ class Transformer(nn.Module):
         input_ids: Int[Tensor, "batch seq"],
         position_ids: Int[Tensor, "batch seq"],
         document_ids: Int[Tensor, "batch seq"],
+        images: VisionInput | None = None,
     ) -> TransformerOutput:
         """Logits of the next tokens.
 
@@ -72,20 +80,59 @@ class Transformer(nn.Module):
             input_ids: tokens of packed documents.
             position_ids: place of each token in its document.
             document_ids: document of each token; no token sees another document.
+            images: what the placeholders among the tokens stand for; `check_images` has passed.
         """
-        stream = expand_streams(self.embedding(input_ids), num_streams(self.config))
+        rows = self._rows(input_ids, images)
+        pair_positions = self._pair_positions(images)
+        stream = expand_streams(self._embed(input_ids, rows), num_streams(self.config))
         for layer in self.layers.values():
-            stream = layer(stream, input_ids, position_ids, document_ids)
+            stream = layer(
+                stream, input_ids, position_ids, document_ids, pair_positions=pair_positions
+            )
         hidden = read_out(stream)
         logits = self.head(self.norm(hidden))
         mtp_logits = []
         next_ids = input_ids
         for module in self.mtp:
             next_ids = next_tokens(next_ids, document_ids)
-            embedding = self.embedding(next_ids)
-            hidden = module(hidden, embedding, next_ids, position_ids, document_ids)
+            rows = None if rows is None else rows.next(document_ids)
+            embedding = self._embed(next_ids, rows)
+            hidden = module(
+                hidden,
+                embedding,
+                next_ids,
+                position_ids,
+                document_ids,
+                pair_positions=pair_positions,
+            )
             mtp_logits.append(self.head(hidden))
         return TransformerOutput(logits, tuple(mtp_logits))
+
+    def _rows(
+        self, input_ids: Int[Tensor, "batch seq"], images: VisionInput | None
+    ) -> PlacedRows | None:
+        """The images at their placeholders; None if the model takes text only."""
+        if self.vision is None:
+            assert images is None, "check_images refuses images without model.vision"
+            return None
+        # Without images the tower runs all the same: the ranks of a sharded model call it together.
+        none = self.vision.nothing()
+        patches, grids = none if images is None else (images.patches, images.grids)
+        placeholders = input_ids == self.vision.placeholder_token_id
+        return PlacedRows.of(self.vision(patches, grids), placeholders)
+
+    def _pair_positions(self, images: VisionInput | None) -> Int[Tensor, "batch seq pairs"] | None:
+        """What each rotary pair turns by; None: by the place in the document."""
+        if self.vision is None or images is None:
+            return None
+        return axis_positions(images.rope_positions, self.vision.rope_sections)
+
+    def _embed(
+        self, input_ids: Int[Tensor, "batch seq"], rows: PlacedRows | None
+    ) -> Float[Tensor, "batch seq hidden"]:
+        """Vectors of the tokens, those of placeholders from the images."""
+        embedding: Tensor = self.embedding(input_ids)
+        return embedding if rows is None else rows.replace_in(embedding)
 
     def blocks(self) -> list[Block]:
         """All blocks, those of MTP last."""
@@ -116,9 +163,10 @@ class Transformer(nn.Module):
         grouped by block, keep fp32 parameters; they take and return the stream in its own type,
         so their inputs must not be cast.
         """
+        tower = self.vision.units() if self.vision is not None else ()
         return ModelParts(
             root=self,
-            blocks=[*self.layers.values(), *self.mtp],
+            blocks=[*tower, *self.layers.values(), *self.mtp],
             expert_modules=[moe.experts for moe in self.moe_layers()],
             dispatch_sites=list(self.moe_layers()),
             fp32_modules=[group for block in self.blocks() if (group := _fp32_modules(block))],

@@ -43,9 +43,12 @@ class MultiHeadLatentAttention(nn.Module):
         x: Float[Tensor, "batch seq hidden"],
         position_ids: Int[Tensor, "batch seq"],
         document_ids: Int[Tensor, "batch seq"],
+        *,
+        pair_positions: Int[Tensor, "batch seq pairs"] | None = None,
     ) -> Float[Tensor, "batch seq hidden"]:
-        """Attend from every token to the earlier ones of its document."""
-        cos, sin = rotary_tables(position_ids, self.rope, self.theta)
+        """Attend from every token to the earlier ones of its document; see `Block.forward`."""
+        positions = position_ids if pair_positions is None else pair_positions
+        cos, sin = rotary_tables(positions, self.rope, self.theta)
         q = self.q_b(self.q_a_norm(self.q_a(x))).unflatten(-1, (-1, self.nope + self.rope))
         q_nope, q_rope = q.split([self.nope, self.rope], dim=-1)
         latent, k_rope = self.kv_a(x).split([self.kv_lora_rank, self.rope], dim=-1)
