@@ -9,7 +9,6 @@ is one matrix product and the merge a view.
 
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
@@ -54,7 +53,7 @@ class VisionTower(nn.Module):
         x = self.patch_norm(self.patch_embedding(pixels))
         if self.encoder is not None:
             coordinates = torch.from_numpy(patch_coordinates(grids.numpy(), self.merge))
-            lengths = np.repeat(grids[:, 1] * grids[:, 2], grids[:, 0]).tolist()
+            lengths = grids[:, 1:].prod(1).repeat_interleave(grids[:, 0]).tolist()
             x = self.encoder(x.unsqueeze(0), coordinates.to(x.device).unsqueeze(0), lengths)
         rows: Tensor = self.projector(x.view(-1, self.merge**2 * x.shape[-1]))
         return rows
