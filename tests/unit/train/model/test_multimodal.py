@@ -19,6 +19,7 @@ from tests.unit.train.model.images import (
     SEEING,
     SEEING_FULL,
     VISION,
+    Document,
     Frames,
     crop,
     inputs,
@@ -71,7 +72,7 @@ def test_embedding_and_merge_are_a_convolution_and_an_unfold(merge: int) -> None
         embedded.permute(0, 2, 3, 1), (12,), model.patch_norm.weight, 1e-6
     ).permute(0, 3, 1, 2)
     # unfold's columns are ordered (channel, row, column); the merge is (row, column, channel).
-    blocks = F.unfold(normalised, merge, stride=merge)[0].T.unflatten(1, (12, -1)).mT.flatten(1)
+    blocks = F.unfold(normalised, merge, stride=merge)[0].T.reshape(-1, 12, merge**2).mT.flatten(1)
     assert isinstance(model.projector, nn.Sequential)
     first, _, second = model.projector
     wanted = second(F.gelu(first(blocks)))
@@ -134,7 +135,10 @@ def test_attention_within_frames_is_the_masked_softmax() -> None:
 def picture_batch() -> Batch:
     """Two sequences of two documents; the second sequence has no picture."""
     text = list(range(1, 9))
-    first = [[5, 6, crop(100, 100, 16, 24), 7], [crop(0, 0, 8, 8), 1, crop(60, 60, 16, 8), 2, 3]]
+    first: list[Document] = [
+        [5, 6, crop(100, 100, 16, 24), 7],
+        [crop(0, 0, 8, 8), 1, crop(60, 60, 16, 8), 2, 3],
+    ]
     return pack_documents([first, [text, text[1:]]], VISION)
 
 
@@ -204,11 +208,11 @@ def test_text_is_computed_as_without_vision_bit_by_bit() -> None:
         assert parameter.grad is None or mine is None or torch.equal(parameter.grad, mine), name
 
 
-class Operations(TorchDispatchMode):
+class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Names of the operations that are computed."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.names: list[str] = []
 
     def __torch_dispatch__(
@@ -295,10 +299,11 @@ SHAPES = ("circle", "square", "cross", "bars")
 
 def drawing(shape: str, random: np.random.Generator) -> Frames:
     """16 x 16 pixels with a shape of any place, size and colour on a ground of any colour."""
-    ground, ink = random.permutation([(0, 90), (165, 256)])
-    image = Image.new("RGB", (16, 16), tuple(int(c) for c in random.integers(*ground, 3)))
+    dark, light = random.integers(0, 90, 3).tolist(), random.integers(165, 256, 3).tolist()
+    ground, ink = (dark, light) if random.integers(2) else (light, dark)
+    image = Image.new("RGB", (16, 16), tuple(ground))
     draw = ImageDraw.Draw(image)
-    colour = tuple(int(c) for c in random.integers(*ink, 3))
+    colour = tuple(ink)
     size = int(random.integers(9, 13))
     x, y = (int(n) for n in random.integers(0, 16 - size, 2))
     box = (x, y, x + size, y + size)
@@ -335,7 +340,7 @@ def test_it_learns_to_tell_drawings_apart() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.0)
     random = np.random.default_rng(0)
     for _ in range(60):
-        quiz_loss(model, quiz(random, 64)).backward()
+        quiz_loss(model, quiz(random, 64)).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()
     fresh = quiz(np.random.default_rng(1), 256)
