@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,15 @@ def test_a_part_is_switched_off_and_on_again() -> None:
     back = compose("v4_nano", ["model.engram=null", "model.engram={}", "model.engram.seed=3"])
     assert back.config.model.engram is not None
     assert back.config.model.engram.seed == 3
+
+
+def test_the_seeing_model_is_the_text_model_with_vision() -> None:
+    seeing = compose("v4_nano", ["model=v4_nano_mm"]).config.model
+    text = compose("v4_nano").config.model
+    assert seeing.vision is not None
+    assert seeing.vision.encoder is not None
+    assert replace(seeing, vision=None) == text
+    assert text.vision is None
 
 
 def test_a_key_below_a_null_says_how_to_switch_it_on() -> None:

@@ -30,7 +30,7 @@ class VisionConfig:
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
-    placeholder_token_id: int = 3
+    placeholder_token_id: int = 2
     """Token that holds the place of one row of an image; never a label."""
     channels: int = 3
     """Colours of a pixel."""
