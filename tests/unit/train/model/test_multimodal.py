@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from data.packing import Batch
 from data.vision import VisionInput, patchify
@@ -132,6 +133,32 @@ def test_attention_within_frames_is_the_masked_softmax() -> None:
         torch.testing.assert_close(a, b)
 
 
+class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Names of the operations that are computed, and the size of their largest result."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: list[str] = []
+        self.largest = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.names.append(str(function))
+        result = function(*args, **(kwargs or {}))
+        sizes = [x.numel() for x in tree_leaves(result) if isinstance(x, Tensor)]
+        self.largest = max([self.largest, *sizes])
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_attention_within_a_frame_keeps_no_square_of_patches(dtype: torch.dtype) -> None:
+    q, k, v = torch.randn(3, 1, 2048, 1, 8, dtype=dtype).unbind(0)
+    with Operations() as operations:
+        attend_within_frames(q.requires_grad_(), k, v, [2048]).sum().backward()  # type: ignore[no-untyped-call]
+    assert operations.largest <= 2 * q.numel()
+
+
 def picture_batch() -> Batch:
     """Two sequences of two documents; the second sequence has no picture."""
     text = list(range(1, 9))
@@ -206,20 +233,6 @@ def test_text_is_computed_as_without_vision_bit_by_bit() -> None:
         mine = shared[name].grad
         assert (parameter.grad is None) == (mine is None), name
         assert parameter.grad is None or mine is None or torch.equal(parameter.grad, mine), name
-
-
-class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Names of the operations that are computed."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.names: list[str] = []
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        self.names.append(str(function))
-        return function(*args, **(kwargs or {}))
 
 
 def test_a_text_model_pays_nothing() -> None:
