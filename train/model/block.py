@@ -1,6 +1,6 @@
 """One transformer block: memory, attention, feed-forward; called by `transformer` and `mtp`."""
 
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from train.model.attention.mla import MultiHeadLatentAttention
@@ -10,6 +10,7 @@ from train.model.ffn import FeedForward
 from train.model.moe.layer import MoeLayer
 from train.model.norm import RMSNorm
 from train.model.residual import build_site
+from train.model.streams import Streams
 
 
 class Block(nn.Module):
@@ -39,16 +40,16 @@ class Block(nn.Module):
 
     def forward(
         self,
-        stream: Float[Tensor, "batch seq streams hidden"],
+        streams: Streams,
         input_ids: Int[Tensor, "batch seq"],
         position_ids: Int[Tensor, "batch seq"],
         document_ids: Int[Tensor, "batch seq"],
-    ) -> Float[Tensor, "batch seq streams hidden"]:
+    ) -> Streams:
         """Transform the streams; `input_ids` are what the memory is looked up by."""
         if self.engram is not None:
-            stream = self.engram(stream, input_ids, document_ids)
-        hidden, maps = self.attention_site(stream)
+            streams = streams._replace(x=self.engram(streams.x, input_ids, document_ids))
+        hidden, maps = self.attention_site(streams)
         output = self.attention(self.attention_norm(hidden), position_ids, document_ids)
-        stream = self.attention_site.write(output, maps)
-        hidden, maps = self.ffn_site(stream)
+        streams = self.attention_site.write(output, maps)
+        hidden, maps = self.ffn_site(streams)
         return self.ffn_site.write(self.ffn(self.ffn_norm(hidden)), maps)

@@ -16,11 +16,13 @@ from train.model.config import ModelConfig
 from train.model.embedding import OutputHead, TokenEmbedding
 from train.model.engram import Engram
 from train.model.engram_hash import hash_geometries
+from train.model.hyper_connection import GatedReadOut
 from train.model.moe.layer import MoeLayer
-from train.model.mtp import MultiTokenPrediction, next_tokens
+from train.model.mtp import build_mtp, next_tokens
 from train.model.norm import RMSNorm
-from train.model.residual import expand_streams, num_streams, read_out
+from train.model.residual import build_read_out
 from train.model.rules import violations
+from train.model.streams import expand_streams, num_streams
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,11 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleDict(
             {str(i): Block(config, i, memories.get(i)) for i in range(config.num_layers)}
         )
+        self.read_out = build_read_out(config)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.head = OutputHead(config.hidden_size, config.vocab_size)
         self.mtp = nn.ModuleList(
-            MultiTokenPrediction(config, Block(config, config.num_layers + depth))
+            build_mtp(config, Block(config, config.num_layers + depth))
             for depth in range(config.mtp_depth)
         )
 
@@ -73,18 +76,25 @@ class Transformer(nn.Module):
             position_ids: place of each token in its document.
             document_ids: document of each token; no token sees another document.
         """
-        stream = expand_streams(self.embedding(input_ids), num_streams(self.config))
+        streams = expand_streams(self.embedding(input_ids), self.config)
         for layer in self.layers.values():
-            stream = layer(stream, input_ids, position_ids, document_ids)
-        hidden = read_out(stream)
+            streams = layer(streams, input_ids, position_ids, document_ids)
+        hidden = self.read_out(streams)
         logits = self.head(self.norm(hidden))
         mtp_logits = []
         next_ids = input_ids
         for module in self.mtp:
             next_ids = next_tokens(next_ids, document_ids)
             embedding = self.embedding(next_ids)
-            hidden = module(hidden, embedding, next_ids, position_ids, document_ids)
-            mtp_logits.append(self.head(hidden))
+            predicted = module(
+                hidden,
+                streams,
+                embedding,
+                next_ids,
+                position_ids=position_ids,
+                document_ids=document_ids,
+            )
+            mtp_logits.append(self.head(predicted))
         return TransformerOutput(logits, tuple(mtp_logits))
 
     def blocks(self) -> list[Block]:
@@ -121,7 +131,10 @@ class Transformer(nn.Module):
             blocks=[*self.layers.values(), *self.mtp],
             expert_modules=[moe.experts for moe in self.moe_layers()],
             dispatch_sites=list(self.moe_layers()),
-            fp32_modules=[group for block in self.blocks() if (group := _fp32_modules(block))],
+            fp32_modules=[
+                *(group for block in self.blocks() if (group := _fp32_modules(block))),
+                *([module] for module in self.modules() if isinstance(module, GatedReadOut)),
+            ],
         )
 
 
