@@ -23,6 +23,7 @@ _MAY_BE_ZERO = {
     "model.num_dense_layers",
     "model.moe.num_shared_experts",
     "model.engram.seed",
+    "model.engram.conv_kernel_size",
     "model.engram.pad_token_id",
     "model.vision.placeholder_token_id",
     "model.mtp_depth",

@@ -1,6 +1,6 @@
 """One transformer block: memory, attention, feed-forward; called by `transformer` and `mtp`."""
 
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from train.model.attention.mla import MultiHeadLatentAttention
@@ -10,6 +10,7 @@ from train.model.ffn import FeedForward
 from train.model.moe.layer import MoeLayer
 from train.model.norm import RMSNorm
 from train.model.residual import build_site
+from train.model.streams import Streams
 
 
 class Block(nn.Module):
@@ -39,17 +40,17 @@ class Block(nn.Module):
 
     def forward(
         self,
-        stream: Float[Tensor, "batch seq streams hidden"],
+        streams: Streams,
         input_ids: Int[Tensor, "batch seq"],
         position_ids: Int[Tensor, "batch seq"],
         document_ids: Int[Tensor, "batch seq"],
         *,
         pair_positions: Int[Tensor, "batch seq pairs"] | None = None,
-    ) -> Float[Tensor, "batch seq streams hidden"]:
+    ) -> Streams:
         """Transform the streams.
 
         Args:
-            stream: residual streams.
+            streams: residual streams.
             input_ids: what the memory is looked up by.
             position_ids: place of each token in its document.
             document_ids: document of each token.
@@ -57,12 +58,12 @@ class Block(nn.Module):
                 document, see `axis_positions`; None for text.
         """
         if self.engram is not None:
-            stream = self.engram(stream, input_ids, document_ids)
-        hidden, maps = self.attention_site(stream)
+            streams = streams._replace(x=self.engram(streams.x, input_ids, document_ids))
+        hidden, maps = self.attention_site(streams)
         normalised = self.attention_norm(hidden)
         output = self.attention(
             normalised, position_ids, document_ids, pair_positions=pair_positions
         )
-        stream = self.attention_site.write(output, maps)
-        hidden, maps = self.ffn_site(stream)
+        streams = self.attention_site.write(output, maps)
+        hidden, maps = self.ffn_site(streams)
         return self.ffn_site.write(self.ffn(self.ffn_norm(hidden)), maps)

@@ -15,10 +15,10 @@ from train.model.config import ModelConfig
 from train.model.embedding import OutputHead, TokenEmbedding
 from train.model.engram import Engram, EngramTable
 from train.model.engram_hash import NgramHash
+from train.model.hyper_connection import GatedReadOut, HyperConnection, ManifoldHyperConnection
 from train.model.moe.experts import Experts
 from train.model.moe.router import Router
 from train.model.norm import RMSNorm
-from train.model.residual import HyperConnection, ManifoldHyperConnection
 from train.model.transformer import Transformer
 
 
@@ -71,8 +71,14 @@ def _own_init(module: nn.Module, config: ModelConfig) -> dict[str, Init]:
             bias = mhc_bias(connection.num_streams, connection.residual_bias_init)
             rules = {"phi": Init.normal(connection.phi_init_std), "bias": Init.explicit(bias)}
             rules["alpha"] = Init.constant(connection.gate_init)
+        case GatedReadOut():
+            bias = mean_gate_bias(connection.num_streams)
+            rules = {"phi": Init.normal(connection.phi_init_std), "bias": Init.explicit(bias)}
+            rules["alpha"] = Init.constant(connection.gate_init)
         case Engram():
-            rules = {"query_norm": one, "key_norm": one, "conv_norm": one, "conv": zero}
+            rules = {"query_norm": one, "key_norm": one}
+            if module.conv is not None:
+                rules |= {"conv_norm": one, "conv": zero}
     return rules
 
 
@@ -85,5 +91,10 @@ def hc_bias(streams: int, site_index: int) -> Float[Tensor, "maps"]:
 
 def mhc_bias(streams: int, diagonal: float) -> Float[Tensor, "maps"]:
     """Logits of mHC's static maps: read the mean (1/n each), write 1, mix Sinkhorn(exp(c I))."""
-    pre = torch.full((streams,), -math.log(streams - 1))
+    pre = mean_gate_bias(streams)
     return torch.cat([pre, torch.zeros(streams), diagonal * torch.eye(streams).flatten()])
+
+
+def mean_gate_bias(streams: int) -> Float[Tensor, "streams"]:
+    """Logits of gates 1/n each: a sum of streams by these is their mean."""
+    return torch.full((streams,), -math.log(streams - 1))

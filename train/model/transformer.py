@@ -17,14 +17,16 @@ from train.model.config import ModelConfig
 from train.model.embedding import OutputHead, TokenEmbedding
 from train.model.engram import Engram
 from train.model.engram_hash import hash_geometries
+from train.model.hyper_connection import GatedReadOut
 from train.model.moe.layer import MoeLayer
-from train.model.mtp import MultiTokenPrediction, next_tokens
+from train.model.mtp import build_mtp, next_tokens
 from train.model.multimodal.placeholders import PlacedRows
 from train.model.multimodal.tower import VisionTower
 from train.model.norm import RMSNorm
-from train.model.residual import expand_streams, num_streams, read_out
+from train.model.residual import build_read_out
 from train.model.rotary import axis_positions
 from train.model.rules import violations
+from train.model.streams import expand_streams, num_streams
 
 
 @dataclass(frozen=True)
@@ -60,10 +62,11 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleDict(
             {str(i): Block(config, i, memories.get(i)) for i in range(config.num_layers)}
         )
+        self.read_out = build_read_out(config)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.head = OutputHead(config.hidden_size, config.vocab_size)
         self.mtp = nn.ModuleList(
-            MultiTokenPrediction(config, Block(config, config.num_layers + depth))
+            build_mtp(config, Block(config, config.num_layers + depth))
             for depth in range(config.mtp_depth)
         )
 
@@ -84,28 +87,28 @@ class Transformer(nn.Module):
         """
         rows = self._rows(input_ids, images)
         pair_positions = self._pair_positions(images)
-        stream = expand_streams(self._embed(input_ids, rows), num_streams(self.config))
+        streams = expand_streams(self._embed(input_ids, rows), self.config)
         for layer in self.layers.values():
-            stream = layer(
-                stream, input_ids, position_ids, document_ids, pair_positions=pair_positions
+            streams = layer(
+                streams, input_ids, position_ids, document_ids, pair_positions=pair_positions
             )
-        hidden = read_out(stream)
+        hidden = self.read_out(streams)
         logits = self.head(self.norm(hidden))
         mtp_logits = []
         next_ids = input_ids
         for module in self.mtp:
             next_ids = next_tokens(next_ids, document_ids)
             rows = None if rows is None else rows.next(document_ids)
-            embedding = self._embed(next_ids, rows)
-            hidden = module(
+            predicted = module(
                 hidden,
-                embedding,
+                streams,
+                self._embed(next_ids, rows),
                 next_ids,
-                position_ids,
-                document_ids,
+                position_ids=position_ids,
+                document_ids=document_ids,
                 pair_positions=pair_positions,
             )
-            mtp_logits.append(self.head(hidden))
+            mtp_logits.append(self.head(predicted))
         return TransformerOutput(logits, tuple(mtp_logits))
 
     def _rows(
@@ -169,7 +172,10 @@ class Transformer(nn.Module):
             blocks=[*tower, *self.layers.values(), *self.mtp],
             expert_modules=[moe.experts for moe in self.moe_layers()],
             dispatch_sites=list(self.moe_layers()),
-            fp32_modules=[group for block in self.blocks() if (group := _fp32_modules(block))],
+            fp32_modules=[
+                *(group for block in self.blocks() if (group := _fp32_modules(block))),
+                *([module] for module in self.modules() if isinstance(module, GatedReadOut)),
+            ],
         )
 
 
@@ -185,6 +191,7 @@ def _build_engrams(config: ModelConfig) -> dict[int, Engram]:
             hidden_size=config.hidden_size,
             streams=num_streams(config),
             eps=config.rms_norm_eps,
+            dead_token_id=config.vision.placeholder_token_id if config.vision else None,
         )
         for index, geometry in hash_geometries(config.engram).items()
     }

@@ -86,7 +86,7 @@ def test_all_mistakes_are_reported_at_once() -> None:
         "~train.steps: cannot be removed; type train.steps=VALUE",
         "model=nope: no such file under recipes/model; use v4_nano",
         "model.mla=4: must be a mapping; has the keys q_lora_rank,",
-        "model.residual=mhcc: must be one of plain, hc, mhc; use model.residual=mhc",
+        "model.residual=mhcc: must be one of plain, hc, mhc, mhc_single_pass; use model.residual=mhc",
         "data.sources.docs.path=3: must be text",
         "train.seed=abc: must be a whole number; for example train.seed=0",
         "train.micro_batch_size=2.5: must be a whole number; for example",

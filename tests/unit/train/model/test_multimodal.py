@@ -190,6 +190,19 @@ def test_rows_stand_at_their_placeholders() -> None:
     assert placed.next(batch.document_ids).numbers[0, last] == 0
 
 
+def test_the_memory_looks_back_over_text_only() -> None:
+    """After a picture the n-grams begin anew, as at the start of a document."""
+    memory = build(SEEING_FULL).engram_layers()[1]
+    picture = crop(0, 0, 8, 8)
+    seen = pack_documents([[[5, 6, picture, 7, 8, 9]]], VISION)
+    fresh = pack_documents([[[7, 8, 9]]], VISION)
+    rows = memory.hash(seen.input_ids, seen.document_ids)
+    assert torch.equal(rows[:, 3:], memory.hash(fresh.input_ids, fresh.document_ids))
+    # A model without vision takes the same id for a word.
+    text = build(FULL).engram_layers()[1].hash(seen.input_ids, seen.document_ids)
+    assert not torch.equal(rows[:, 3], text[:, 3])
+
+
 @pytest.mark.parametrize("encoder", [ENCODER, None])
 @pytest.mark.parametrize("intermediate", [24, None])
 def test_every_parameter_is_initialised_and_learns(encoder: Any, intermediate: int | None) -> None:
