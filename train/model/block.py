@@ -3,6 +3,7 @@
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from train.model.attention.dsa import SparseLatentAttention
 from train.model.attention.mla import MultiHeadLatentAttention
 from train.model.config import ModelConfig
 from train.model.engram import Engram
@@ -27,7 +28,7 @@ class Block(nn.Module):
         self.engram = engram
         self.attention_site = build_site(config, 2 * layer_index)
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = MultiHeadLatentAttention(config)
+        self.attention = build_attention(config)
         self.ffn_site = build_site(config, 2 * layer_index + 1)
         self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.ffn: FeedForward | MoeLayer
@@ -67,3 +68,9 @@ class Block(nn.Module):
         streams = self.attention_site.write(output, maps)
         hidden, maps = self.ffn_site(streams)
         return self.ffn_site.write(self.ffn(self.ffn_norm(hidden)), maps)
+
+
+def build_attention(config: ModelConfig) -> MultiHeadLatentAttention:
+    """The attention that the configuration names."""
+    kinds = {"mla": MultiHeadLatentAttention, "dsa": SparseLatentAttention}
+    return kinds[config.attention](config)

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from parallel.initialize import Init
-from train.model.config import ModelConfig
+from train.model.config import HyperConnectionConfig, ModelConfig
 from train.model.embedding import OutputHead, TokenEmbedding
 from train.model.engram import Engram, EngramTable
 from train.model.engram_hash import NgramHash
@@ -47,7 +47,6 @@ def fill_buffers(model: nn.Module) -> None:
 
 def _own_init(module: nn.Module, config: ModelConfig) -> dict[str, Init]:
     """Rules for the parameters that `module` itself holds."""
-    connection = config.hyper_connection
     normal, one, zero = (
         Init.normal(config.initializer_range),
         Init.constant(1.0),
@@ -59,27 +58,37 @@ def _own_init(module: nn.Module, config: ModelConfig) -> dict[str, Init]:
             rules = {"weight": one}
         case nn.Linear() | TokenEmbedding() | OutputHead() | Router():
             rules = {"weight": normal}
+        case nn.LayerNorm():
+            rules = {"weight": one, "bias": zero}
         case EngramTable():
             rules = {"weight": zero}
         case Experts():
             rules = {"gate_up": normal, "down": normal}
-        case HyperConnection():
-            bias = hc_bias(connection.num_streams, module.site_index)
-            rules = {"theta": zero, "bias": Init.explicit(bias)}
-            rules["alpha"] = Init.constant(connection.gate_init)
-        case ManifoldHyperConnection():
-            bias = mhc_bias(connection.num_streams, connection.residual_bias_init)
-            rules = {"phi": Init.normal(connection.phi_init_std), "bias": Init.explicit(bias)}
-            rules["alpha"] = Init.constant(connection.gate_init)
-        case GatedReadOut():
-            bias = mean_gate_bias(connection.num_streams)
-            rules = {"phi": Init.normal(connection.phi_init_std), "bias": Init.explicit(bias)}
-            rules["alpha"] = Init.constant(connection.gate_init)
+        case HyperConnection() | ManifoldHyperConnection() | GatedReadOut():
+            rules = _connection_init(module, config.hyper_connection)
         case Engram():
             rules = {"query_norm": one, "key_norm": one}
             if module.conv is not None:
                 rules |= {"conv_norm": one, "conv": zero}
     return rules
+
+
+def _connection_init(
+    module: HyperConnection | ManifoldHyperConnection | GatedReadOut, config: HyperConnectionConfig
+) -> dict[str, Init]:
+    """Rules for the maps between streams."""
+    streams, phi = config.num_streams, Init.normal(config.phi_init_std)
+    match module:
+        case HyperConnection():
+            rules = {"theta": Init.constant(0.0)}
+            bias = hc_bias(streams, module.site_index)
+        case ManifoldHyperConnection():
+            rules = {"phi": phi}
+            bias = mhc_bias(streams, config.residual_bias_init)
+        case GatedReadOut():
+            rules = {"phi": phi}
+            bias = mean_gate_bias(streams)
+    return rules | {"alpha": Init.constant(config.gate_init), "bias": Init.explicit(bias)}
 
 
 def hc_bias(streams: int, site_index: int) -> Float[Tensor, "maps"]:

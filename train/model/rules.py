@@ -21,7 +21,7 @@ def violations(config: ModelConfig) -> list[str]:
 def _not_implemented(config: ModelConfig) -> Problems:
     """Values of the schema whose code does not exist yet."""
     for path, value, missing, works in (
-        ("model.attention", config.attention, ("dsa", "v4_hybrid"), "mla"),
+        ("model.attention", config.attention, ("v4_hybrid",), "mla"),
         ("model.router", config.router, ("hash",), "sigmoid"),
     ):
         if value in missing:
@@ -34,6 +34,26 @@ def _attention(config: ModelConfig) -> Problems:
         yield (
             f"model.mla.qk_rope_head_dim={width}: rotary positions turn pairs of numbers, so it "
             f"must be even; use {width - 1} or {width + 1}"
+        )
+    yarn = config.mla.yarn
+    if yarn is not None and yarn.factor <= 1:
+        yield (
+            f"model.mla.yarn.factor={yarn.factor}: must be more than 1; for example 4, or "
+            "model.mla.yarn=null for the plain frequencies"
+        )
+    if yarn is not None and yarn.beta_slow >= yarn.beta_fast:
+        yield (
+            f"model.mla.yarn.beta_slow={yarn.beta_slow}: must be less than "
+            f"model.mla.yarn.beta_fast={yarn.beta_fast}; for example 1 and 32"
+        )
+
+
+def _indexer(config: ModelConfig) -> Problems:
+    width, rope = config.indexer.head_dim, config.mla.qk_rope_head_dim
+    if config.attention == "dsa" and width < rope:
+        yield (
+            f"model.indexer.head_dim={width}: must hold model.mla.qk_rope_head_dim={rope} rotated "
+            f"channels; use {rope} or more"
         )
 
 
@@ -123,6 +143,7 @@ def _vision(config: ModelConfig) -> Problems:
 _RULES: list[Callable[[ModelConfig], Problems]] = [
     _not_implemented,
     _attention,
+    _indexer,
     _residual,
     _experts,
     _layers,

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from data.vision import VisionInput
 from parallel.apply import ModelParts
+from train.model.attention.config import IndexerStage
+from train.model.attention.trained_indexer import TrainedIndexer
 from train.model.block import Block
 from train.model.config import ModelConfig
 from train.model.embedding import OutputHead, TokenEmbedding
@@ -69,6 +71,8 @@ class Transformer(nn.Module):
             build_mtp(config, Block(config, config.num_layers + depth))
             for depth in range(config.mtp_depth)
         )
+        if self.indexers():
+            self.set_indexer_stage(config.indexer.stage)
 
     def forward(
         self,
@@ -145,6 +149,38 @@ class Transformer(nn.Module):
         """The mixture-of-experts layers, in order, those of MTP last."""
         return [block.ffn for block in self.blocks() if isinstance(block.ffn, MoeLayer)]
 
+    def indexers(self) -> list[TrainedIndexer]:
+        """The indexers of sparse attention, in order, those of MTP last."""
+        return [module for module in self.modules() if isinstance(module, TrainedIndexer)]
+
+    def set_indexer_stage(self, stage: IndexerStage) -> None:
+        """Go on in another stage of sparse attention: see `IndexerConfig.stage`.
+
+        May be called between optimizer steps, on every rank alike, also on a sharded model. Names
+        and number of the parameters stay; `requires_grad` says which of them learn.
+
+        Raises:
+            ValueError: the model's attention has no indexer.
+        """
+        indexers = self.indexers()
+        if not indexers:
+            raise ValueError(
+                f"model.indexer.stage={stage}: model.attention={self.config.attention} has no "
+                "indexer; use model.attention=dsa"
+            )
+        for indexer in indexers:
+            indexer.stage = stage
+        theirs = {id(p) for indexer in indexers for p in indexer.parameters()}
+        for parameter in self.parameters():
+            is_indexer = id(parameter) in theirs
+            learns = stage == "sparse" or is_indexer == (stage == "dense_warmup")
+            parameter.requires_grad_(learns)
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether nothing but the indexers learns: also what is not moved by gradients stays."""
+        return any(indexer.stage == "dense_warmup" for indexer in self.indexers())
+
     def engram_layers(self) -> dict[int, Engram]:
         """The memories, by layer index."""
         return {
@@ -198,7 +234,13 @@ def _build_engrams(config: ModelConfig) -> dict[int, Engram]:
 
 
 def _fp32_modules(block: Block) -> list[nn.Module]:
-    """Modules of a block whose small parameters decide much: hyper-connection sites and router."""
-    sites = [block.attention_site, block.ffn_site]
+    """Modules of a block whose small parameters decide much: sites, indexer's norm, and router."""
+    attention = [
+        module
+        for indexer in block.modules()
+        if isinstance(indexer, TrainedIndexer)
+        for module in indexer.fp32_modules()
+    ]
     routers = [block.ffn.router] if isinstance(block.ffn, MoeLayer) else []
-    return [module for module in [*sites, *routers] if any(True for _ in module.parameters())]
+    modules = [block.attention_site, *attention, block.ffn_site, *routers]
+    return [module for module in modules if any(True for _ in module.parameters())]

@@ -106,7 +106,6 @@ def test_the_quick_start_is_valid(nano: RunConfig) -> None:
             "parallel.expert_parallel_size=3: must divide",
             "use 1, 2 or 4",
         ),
-        ({"model__attention": "dsa"}, "model.attention=dsa: not implemented", "=mla"),
         ({"model__attention": "v4_hybrid"}, "model.attention=v4_hybrid: not implemented", "=mla"),
         ({"model__router": "hash"}, "model.router=hash: not implemented", "=sigmoid"),
         ({"data__sources": {}}, "data.sources={}: nothing to train on", "use data=quickstart"),

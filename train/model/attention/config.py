@@ -6,6 +6,27 @@ from typing import ClassVar, Literal
 from pydantic import ConfigDict
 
 AttentionKind = Literal["mla", "dsa", "v4_hybrid"]
+IndexerStage = Literal["dense", "dense_warmup", "sparse"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class YarnConfig:
+    """Context extension by interpolated rotary frequencies (YaRN, arXiv 2309.00071)."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    factor: float = 40.0
+    """Context after the extension over the context before; more than 1."""
+    original_max_position_embeddings: int = 4096
+    """Context before the extension, in tokens."""
+    beta_fast: float = 32.0
+    """Frequencies that turn more often than this within the old context stay as they are."""
+    beta_slow: float = 1.0
+    """Frequencies that turn less often than this are divided by `factor`; a ramp lies between."""
+    mscale: float = 1.0
+    """Weight of `ln(factor)` in the factor on the rotary tables."""
+    mscale_all_dim: float = 1.0
+    """Weight of `ln(factor)` that the tables are divided by and the softmax scale gets squared."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,3 +47,25 @@ class MlaConfig:
     """Width per head of the values."""
     rope_theta: float = 10000.0
     """Base of the rotary frequencies."""
+    yarn: YarnConfig | None = None
+    """Extension of the context; null trains with the plain frequencies."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class IndexerConfig:
+    """Lightning indexer of `attention: dsa` (DeepSeek-V3.2-Exp, section 1); unused by `mla`."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    num_heads: int = 4
+    """Index heads."""
+    head_dim: int = 32
+    """Width of an index head; its first `qk_rope_head_dim` channels carry the position."""
+    top_k: int = 64
+    """Keys that a query attends to in the sparse stage."""
+    stage: IndexerStage = "sparse"
+    """dense: full attention, the indexer idle and frozen; dense_warmup: full attention, everything
+    frozen but the indexer, which learns from it; sparse: attention over the selected keys, the main
+    model learns from the language loss and the indexer from the attention."""
+    loss_weight: float = 1.0
+    """Weight of the indexer's loss. Nothing else moves the indexer, and the loss nothing else."""

@@ -8,6 +8,7 @@ narrower than keys, as in MLA.
 
 # ruff: noqa: ANN401 - torch leaves the type of an autograd function's ctx open
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,8 +16,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from train.model.attention.indexer import selection_mask
+
 CHUNK = 128
 """Queries that are computed together."""
+
+Observer = Callable[[int, Tensor, Tensor], None]
+"""Sees each chunk of the forward pass: place of its first query; probabilities summed over heads,
+fp32 or wider; and which keys are hidden: see `IndexerLoss.over_keys`."""
 
 
 def attend(
@@ -25,6 +32,9 @@ def attend(
     value: Float[Tensor, "batch heads seq v_dim"],
     document_ids: Int[Tensor, "batch seq"],
     scale: float,
+    *,
+    selected: Int[Tensor, "batch seq k"] | None = None,
+    observe: Observer | None = None,
 ) -> Float[Tensor, "batch heads seq v_dim"]:
     """`softmax(scale * query key^T) value` over the earlier tokens of the same document and itself.
 
@@ -37,8 +47,12 @@ def attend(
         value: may be narrower or wider than the keys.
         document_ids: document of each token; equal numbers are one document.
         scale: factor on the scores.
+        selected: the only visible keys that a query attends to, -1 where it has fewer; None for
+            all. The cost stays that of all keys: `dsa` gathers where few are selected.
+        observe: is shown the probabilities.
     """
-    result: Tensor = _Attention.apply(query * scale, key, value, document_ids)  # type: ignore[no-untyped-call]
+    scaled = query * scale
+    result: Tensor = _Attention.apply(scaled, key, value, document_ids, selected, observe)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -46,23 +60,34 @@ class _Attention(torch.autograd.Function):
     """Forward keeps inputs and output; backward recomputes each chunk's probabilities."""
 
     @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, document_ids: Tensor
+    def forward(  # noqa: PLR0917 - autograd passes by position
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        document_ids: Tensor,
+        selected: Tensor | None,
+        observe: Observer | None,
     ) -> Tensor:
         # Batch and heads become one dim, for bmm.
         q, k, v = (x.reshape(-1, *x.shape[2:]) for x in (query, key, value))
         out = v.new_empty(*q.shape[:2], v.shape[-1])
         for start in range(0, q.shape[1], CHUNK):
             end = min(start + CHUNK, q.shape[1])
-            probabilities = _probabilities(q, k, document_ids, start, end)
-            out[:, start:end] = probabilities @ v[:, :end]
-        ctx.save_for_backward(q, k, v, out, document_ids)
+            hidden = _hidden(document_ids, selected, start, end)
+            probabilities = _probabilities(q, k, hidden, start, end)
+            out[:, start:end] = probabilities.to(q.dtype) @ v[:, :end]
+            if observe is not None:
+                observe(
+                    start, probabilities.view(*query.shape[:2], *hidden.shape[1:]).sum(1), hidden
+                )
+        ctx.save_for_backward(q, k, v, out, document_ids, selected)
         return out.view(*query.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, document_ids = ctx.saved_tensors
+        q, k, v, out, document_ids, selected = ctx.saved_tensors
         leading = grad.shape[:2]
         grad = grad.reshape(out.shape)
         # d softmax: dS = P * (dP - rowsum(P * dP)), and rowsum(P * dP) = rowsum(dO * O).
@@ -71,35 +96,40 @@ class _Attention(torch.autograd.Function):
         for start in range(0, q.shape[1], CHUNK):
             end = min(start + CHUNK, q.shape[1])
             rows = slice(start, end)
-            probabilities = _probabilities(q, k, document_ids, start, end)
+            hidden = _hidden(document_ids, selected, start, end)
+            probabilities = _probabilities(q, k, hidden, start, end).to(q.dtype)
             grad_v[:, :end].baddbmm_(probabilities.transpose(1, 2), grad[:, rows])
             scores = torch.bmm(grad[:, rows], v[:, :end].transpose(1, 2))
             scores = scores.sub_(row_sum[:, rows]).mul_(probabilities)
             grad_q[:, rows] = scores @ k[:, :end]
             grad_k[:, :end].baddbmm_(scores.transpose(1, 2), q[:, rows])
         grads = (x.view(*leading, *x.shape[1:]) for x in (grad_q, grad_k, grad_v))
-        return *grads, None
+        return *grads, None, None, None
 
 
 def _probabilities(
     q: Float[Tensor, "rows seq qk_dim"],
     k: Float[Tensor, "rows seq qk_dim"],
-    document_ids: Int[Tensor, "batch seq"],
+    hidden: Bool[Tensor, "batch queries keys"],
     start: int,
     end: int,
 ) -> Float[Tensor, "rows queries keys"]:
-    """Attention of queries [start, end) over keys [0, end), in the type of `q`."""
+    """Attention of queries [start, end) over keys [0, end), in fp32 or wider."""
     scores = torch.bmm(q[:, start:end], k[:, :end].transpose(1, 2))
-    hidden = _hidden(document_ids, start, end).unsqueeze(1)
-    scores.view(len(hidden), -1, *scores.shape[1:]).masked_fill_(hidden, float("-inf"))
+    by_head = scores.view(len(hidden), -1, *scores.shape[1:])
+    by_head.masked_fill_(hidden.unsqueeze(1), float("-inf"))
     wide = torch.promote_types(scores.dtype, torch.float32)
-    return torch.softmax(scores, dim=-1, dtype=wide).to(q.dtype)
+    return torch.softmax(scores, dim=-1, dtype=wide)
 
 
 def _hidden(
-    document_ids: Int[Tensor, "batch seq"], start: int, end: int
+    document_ids: Int[Tensor, "batch seq"],
+    selected: Int[Tensor, "batch seq k"] | None,
+    start: int,
+    end: int,
 ) -> Bool[Tensor, "batch queries keys"]:
-    """True where a query of [start, end) must not see a key of [0, end)."""
+    """True where a query of [start, end) does not attend to a key of [0, end)."""
     places = torch.arange(end, device=document_ids.device)
     later = places > places[start:, None]
-    return (document_ids[:, start:end, None] != document_ids[:, None, :end]) | later
+    hidden = (document_ids[:, start:end, None] != document_ids[:, None, :end]) | later
+    return hidden if selected is None else hidden | ~selection_mask(selected[:, start:end], end)

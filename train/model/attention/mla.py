@@ -1,13 +1,27 @@
-"""Multi-head latent attention of DeepSeek-V2/V3; called by `block`."""
+"""Multi-head latent attention of DeepSeek-V2/V3; called by `block`, extended by `dsa`."""
+
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from train.model.attention.core import attend
+from train.model.attention.core import Observer, attend
 from train.model.config import ModelConfig
 from train.model.norm import RMSNorm
-from train.model.rotary import rotary_tables, rotate
+from train.model.rotary import rotary_tables, rotate, softmax_correction
+
+
+class Latents(NamedTuple):
+    """What a token is projected to; rotary parts are rotated."""
+
+    query: Float[Tensor, "batch seq q_lora_rank"]
+    """Normalised query latent c_q."""
+    q_nope: Float[Tensor, "batch seq heads nope"]
+    q_rope: Float[Tensor, "batch seq heads rope"]
+    kv: Float[Tensor, "batch seq kv_lora_rank"]
+    """Normalised key-value latent."""
+    k_rope: Float[Tensor, "batch seq 1 rope"]
 
 
 class MultiHeadLatentAttention(nn.Module):
@@ -15,10 +29,11 @@ class MultiHeadLatentAttention(nn.Module):
 
         c_q = norm(q_a x)                 [q_nope ; q_rope] = q_b c_q        per head
         [c_kv ; k_rope] = kv_a x          [k_nope ; v] = kv_b norm(c_kv)     per head
-        o = softmax((q_nope . k_nope + R(q_rope) . R(k_rope)) / sqrt(nope + rope)) v
+        o = softmax((q_nope . k_nope + R(q_rope) . R(k_rope)) * scale) v
 
-    The rotary key is one for all heads. The number of heads follows from the width of `q_b`'s
-    output, so a rank that holds some of the heads runs the same code.
+    The scale is 1 / sqrt(nope + rope), times YaRN's correction. The rotary key is one for all
+    heads. The number of heads follows from the width of `q_b`'s output, so a rank that holds some
+    of the heads runs the same code.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -29,7 +44,8 @@ class MultiHeadLatentAttention(nn.Module):
             mla.qk_rope_head_dim,
             mla.v_head_dim,
         )
-        self.kv_lora_rank, self.theta = mla.kv_lora_rank, mla.rope_theta
+        self.kv_lora_rank, self.theta, self.yarn = mla.kv_lora_rank, mla.rope_theta, mla.yarn
+        self.scale = (self.nope + self.rope) ** -0.5 * softmax_correction(mla.yarn)
         self.q_a = nn.Linear(hidden, mla.q_lora_rank, bias=False)
         self.q_a_norm = RMSNorm(mla.q_lora_rank, config.rms_norm_eps)
         self.q_b = nn.Linear(mla.q_lora_rank, heads * (self.nope + self.rope), bias=False)
@@ -48,18 +64,42 @@ class MultiHeadLatentAttention(nn.Module):
     ) -> Float[Tensor, "batch seq hidden"]:
         """Attend from every token to the earlier ones of its document; see `Block.forward`."""
         positions = position_ids if pair_positions is None else pair_positions
-        cos, sin = rotary_tables(positions, self.rope, self.theta)
-        q = self.q_b(self.q_a_norm(self.q_a(x))).unflatten(-1, (-1, self.nope + self.rope))
+        cos, sin = rotary_tables(positions, self.rope, self.theta, self.yarn)
+        latents = self.latents(x, cos, sin)
+        mixed: Tensor = self.o(self.attend_with_heads(latents, document_ids))
+        return mixed
+
+    def latents(
+        self,
+        x: Float[Tensor, "batch seq hidden"],
+        cos: Float[Tensor, "batch seq pairs"],
+        sin: Float[Tensor, "batch seq pairs"],
+    ) -> Latents:
+        """Project every token."""
+        query = self.q_a_norm(self.q_a(x))
+        q = self.q_b(query).unflatten(-1, (-1, self.nope + self.rope))
         q_nope, q_rope = q.split([self.nope, self.rope], dim=-1)
         latent, k_rope = self.kv_a(x).split([self.kv_lora_rank, self.rope], dim=-1)
-        kv = self.kv_b(self.kv_a_norm(latent)).unflatten(-1, (-1, self.nope + self.v_dim))
-        k_nope, v = kv.split([self.nope, self.v_dim], dim=-1)
+        return Latents(
+            query=query,
+            q_nope=q_nope,
+            q_rope=rotate(q_rope, cos, sin),
+            kv=self.kv_a_norm(latent),
+            k_rope=rotate(k_rope.unsqueeze(2), cos, sin),
+        )
 
-        q = torch.cat([q_nope, rotate(q_rope, cos, sin)], dim=-1)
-        k_rope = rotate(k_rope.unsqueeze(2), cos, sin).expand(-1, -1, k_nope.shape[2], -1)
-        k = torch.cat([k_nope, k_rope], dim=-1)
-        scale = (self.nope + self.rope) ** -0.5
+    def attend_with_heads(
+        self,
+        latents: Latents,
+        document_ids: Int[Tensor, "batch seq"],
+        selected: Int[Tensor, "batch seq k"] | None = None,
+        observe: Observer | None = None,
+    ) -> Float[Tensor, "batch seq values"]:
+        """Attention with keys and values expanded per head; see `core.attend`."""
+        kv = self.kv_b(latents.kv).unflatten(-1, (-1, self.nope + self.v_dim))
+        k_nope, v = kv.split([self.nope, self.v_dim], dim=-1)
+        q = torch.cat([latents.q_nope, latents.q_rope], dim=-1)
+        k = torch.cat([k_nope, latents.k_rope.expand(-1, -1, k_nope.shape[2], -1)], dim=-1)
         q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
-        out = attend(q, k, v, document_ids, scale)
-        mixed: Tensor = self.o(out.transpose(1, 2).flatten(2))
-        return mixed
+        out = attend(q, k, v, document_ids, self.scale, selected=selected, observe=observe)
+        return out.transpose(1, 2).flatten(2)

@@ -1,14 +1,11 @@
 """Which experts see a token, with what weight, and the balancing of their load; called by `layer`."""
 
-# ruff: noqa: ANN401 - torch leaves the type of an autograd function's ctx open
-
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from train.model.add_loss import add_loss
 from train.model.moe.config import MoeConfig, RouterKind
 
 
@@ -65,7 +62,7 @@ class Router(nn.Module):
                 loss = self.balance_scale * sequence_balance_loss(scores, counts, self.k)
                 kept = loss.detach()
                 self.balance_loss = kept if self.balance_loss is None else self.balance_loss + kept
-                weights = _AddLoss.apply(weights, loss)  # type: ignore[no-untyped-call]
+                weights = add_loss(weights, loss)
         return indices, weights
 
     @torch.no_grad()
@@ -111,19 +108,3 @@ def sequence_balance_loss(
     fraction = counts * (num_experts / (k * seq))
     probability = (scores / scores.sum(-1, keepdim=True)).mean(1)
     return (fraction * probability).sum()
-
-
-class _AddLoss(torch.autograd.Function):
-    """Identity on the weights whose backward feeds 1 into the loss.
-
-    The loss joins the gradient without travelling through the rest of the network.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, weights: Tensor, loss: Tensor) -> Tensor:
-        ctx.loss = loss.new_ones(())
-        return weights.view_as(weights)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return grad, ctx.loss

@@ -203,6 +203,21 @@ def test_the_memory_looks_back_over_text_only() -> None:
     assert not torch.equal(rows[:, 3], text[:, 3])
 
 
+@pytest.mark.parametrize("attention", ["mla", "dsa"])
+def test_attention_turns_by_the_positions_on_all_axes(attention: str) -> None:
+    """Exchanging t and w moves what sees the picture, and nothing else."""
+    model = build(with_changes(SEEING, attention=attention), noise=0.1)
+    batch = picture_batch()
+    assert batch.vision is not None
+    turned = replace(batch.vision, rope_positions=batch.vision.rope_positions.flip(-1))
+    logits = [model(*inputs(replace(batch, vision=v))).logits for v in (batch.vision, turned)]
+    moved = (logits[0] - logits[1]).abs().amax(-1) > 1e-6
+    # From the last rows of the picture, where w is not t, to the end of its document.
+    assert moved[0, 5:9].all()
+    assert not moved[0, :2].any()
+    assert not moved[1].any()
+
+
 @pytest.mark.parametrize("encoder", [ENCODER, None])
 @pytest.mark.parametrize("intermediate", [24, None])
 def test_every_parameter_is_initialised_and_learns(encoder: Any, intermediate: int | None) -> None:
@@ -224,8 +239,11 @@ def test_without_pictures_every_weight_of_the_tower_has_a_zero_gradient(dtype: t
         assert not parameter.grad.any(), name
 
 
-def test_text_is_computed_as_without_vision_bit_by_bit() -> None:
-    seeing, plain = build(SEEING_FULL, seed=3), build(FULL, seed=3)
+@pytest.mark.parametrize("attention", ["mla", "dsa"])
+def test_text_is_computed_as_without_vision_bit_by_bit(attention: str) -> None:
+    seeing, plain = (
+        build(with_changes(config, attention=attention), seed=3) for config in (SEEING_FULL, FULL)
+    )
     shared = {n: p for n, p in seeing.named_parameters() if not n.startswith("vision.")}
     assert shared.keys() == {n for n, _ in plain.named_parameters()}
     batch = packed((9, 7), vocab=PLACEHOLDER)

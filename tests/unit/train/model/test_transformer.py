@@ -91,7 +91,10 @@ def test_bf16_model_stays_close_to_fp32() -> None:
 @pytest.mark.parametrize(
     ("changes", "rule"),
     [
-        ({"attention": "dsa"}, "model.attention=dsa: not implemented yet; use model.attention=mla"),
+        (
+            {"attention": "v4_hybrid"},
+            "attention=v4_hybrid: not implemented yet; use model.attention=mla",
+        ),
         ({"router": "hash"}, "model.router=hash: not implemented"),
         ({"mtp_depth": 2}, r"model\.mtp_depth=2: .*use 0 or 1"),
         ({"mla": MlaConfig(qk_rope_head_dim=5)}, r"qk_rope_head_dim=5: .*use 4 or 6"),
@@ -108,8 +111,8 @@ def test_what_cannot_be_built_is_refused_by_name(changes: dict[str, object], rul
 
 
 def test_all_violations_come_at_once() -> None:
-    with pytest.raises(ValueError, match=r"(?s)attention=dsa.*mtp_depth=5"):
-        Transformer(with_changes(TINY, attention="dsa", mtp_depth=5))
+    with pytest.raises(ValueError, match=r"(?s)attention=v4_hybrid.*mtp_depth=5"):
+        Transformer(with_changes(TINY, attention="v4_hybrid", mtp_depth=5))
 
 
 def test_moe_layers_are_those_after_the_dense_ones() -> None:

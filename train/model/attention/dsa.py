@@ -1,0 +1,184 @@
+"""DeepSeek Sparse Attention of V3.2: latent attention to the tokens that an indexer selects.
+
+Called by `block`. DeepSeek-V3.2-Exp report, section 1; transformers' `deepseek_v32` for what the
+report leaves open.
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from train.model.attention.gathered import attend_to_selected
+from train.model.attention.indexer import (
+    IndexerLoss,
+    Visibility,
+    best_keys,
+    index_scores,
+    query_chunks,
+    select,
+    topk_recall,
+    widen,
+)
+from train.model.attention.mla import Latents, MultiHeadLatentAttention
+from train.model.attention.trained_indexer import TrainedIndexer
+from train.model.config import ModelConfig
+from train.model.rotary import rotary_tables, rotate_halves
+
+_GATHER_SHARE = 16
+"""Rows are gathered where a query attends to less than this part of the sequence (measured on a
+CPU); with more, scores of all tokens and a mask are cheaper."""
+_RECALL_QUERIES = 16
+"""Queries of a sequence whose selection is compared with the full attention in every step."""
+
+
+class TokenIndexer(TrainedIndexer):
+    """Index queries, keys and head weights of a token (eq. 1).
+
+        q = R(q_b c_q)  per head      k = R(layer_norm(k x))      w = head_weights x / sqrt(heads dim)
+
+    Only the first channels of q and k are rotated, as two halves where the main attention rotates
+    neighbours. Norm and head weights stay fp32, and so do the scores. DeepSeek's Hadamard transform
+    of q and k, which changes no product, and its FP8 are not here.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config.indexer)
+        heads, dim = config.indexer.num_heads, config.indexer.head_dim
+        self.rope = config.mla.qk_rope_head_dim
+        self.weight_scale = (heads * dim) ** -0.5
+        self.q_b = nn.Linear(config.mla.q_lora_rank, heads * dim, bias=False)
+        self.k = nn.Linear(config.hidden_size, dim, bias=False)
+        self.k_norm = nn.LayerNorm(dim, eps=1e-6)
+        self.head_weights = nn.Linear(config.hidden_size, heads, bias=False)
+
+    def fp32_modules(self) -> list[nn.Module]:
+        """As in DeepSeek's code."""
+        return [self.k_norm, self.head_weights]
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch seq hidden"],
+        query_latent: Float[Tensor, "batch seq q_lora_rank"],
+        cos: Float[Tensor, "batch seq pairs"],
+        sin: Float[Tensor, "batch seq pairs"],
+    ) -> tuple[
+        Float[Tensor, "batch seq index_heads index_dim"],
+        Float[Tensor, "batch seq index_dim"],
+        Float[Tensor, "batch seq index_heads"],
+    ]:
+        """Index queries, keys and weights; both inputs are detached here."""
+        x, query_latent = x.detach(), query_latent.detach()
+        key = self.k_norm(widen(self.k(x))).unsqueeze(2)
+        query = self.q_b(query_latent).unflatten(-1, (-1, key.shape[-1]))
+        weights = self.head_weights(widen(x)) * self.weight_scale
+        return self._turn(query, cos, sin), self._turn(key, cos, sin).squeeze(2), weights
+
+    def _turn(self, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        turned, kept = heads[..., : self.rope], heads[..., self.rope :]
+        return torch.cat([rotate_halves(turned, cos, sin), kept], dim=-1)
+
+
+class SparseLatentAttention(MultiHeadLatentAttention):
+    """Latent attention whose queries read the `top_k` tokens of the largest index scores.
+
+    The stage of the indexer decides: full attention, or the selected tokens only. Where few are
+    selected, the heads share one gathered row per token, the latent itself (multi-query mode):
+
+        q_nope . k_nope = (W_uk^T q_nope) . c_kv         o = W_uv (sum_s p_s c_kv[s])
+
+    If every token is selected, this is full attention, bit for bit.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.indexer = TokenIndexer(config)
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch seq hidden"],
+        position_ids: Int[Tensor, "batch seq"],
+        document_ids: Int[Tensor, "batch seq"],
+        *,
+        pair_positions: Int[Tensor, "batch seq pairs"] | None = None,
+    ) -> Float[Tensor, "batch seq hidden"]:
+        """Attend from every token to selected earlier ones of its document; see `Block.forward`."""
+        positions = position_ids if pair_positions is None else pair_positions
+        cos, sin = rotary_tables(positions, self.rope, self.theta, self.yarn)
+        latents = self.latents(x, cos, sin)
+        sparse = self.indexer.stage == "sparse" and self.indexer.top_k < x.shape[1]
+        visible = Visibility.of_tokens(document_ids)
+        # Sharding wants every module called in every pass: an idle indexer gets no tokens.
+        rows = slice(x.shape[1] if sparse or self.indexer.learns else 0)
+        index: tuple[Tensor, Tensor, Tensor] = self.indexer(
+            x[:, rows], latents.query[:, rows], cos[:, rows], sin[:, rows]
+        )
+        selected = select(*index, visible, self.indexer.top_k) if sparse else None
+        loss = IndexerLoss(*index) if self.indexer.learns else None
+        mixed: Tensor = self.o(self.attend_to(latents, document_ids, selected, loss))
+        if loss is None:
+            return mixed
+        recall = self.measure_recall(latents, visible, index)
+        return self.indexer.join(mixed, loss.total(), recall)
+
+    def attend_to(
+        self,
+        latents: Latents,
+        document_ids: Int[Tensor, "batch seq"],
+        selected: Int[Tensor, "batch seq k"] | None,
+        loss: IndexerLoss | None,
+    ) -> Float[Tensor, "batch seq values"]:
+        """Attention in the cheapest form; its probabilities are the teacher of `loss`."""
+        if selected is None or selected.shape[-1] * _GATHER_SHARE > document_ids.shape[1]:
+            observe = None if loss is None else loss.over_keys
+            return self.attend_with_heads(latents, document_ids, selected, observe)
+        out = attend_to_selected(
+            self.absorbed_query(latents.q_nope, latents.q_rope),
+            torch.cat([latents.kv, latents.k_rope.squeeze(2)], dim=-1),
+            selected,
+            self.kv_lora_rank,
+            None if loss is None else loss.over_selected,
+        )
+        values: Tensor = torch.einsum("bshl,hvl->bshv", out, self.expansion()[1])
+        return values.flatten(2)
+
+    def expansion(
+        self,
+    ) -> tuple[Float[Tensor, "heads nope kv_lora_rank"], Float[Tensor, "heads v_dim kv_lora_rank"]]:
+        """W_uk and W_uv, the two parts of `kv_b`."""
+        both = self.kv_b.weight.view(-1, self.nope + self.v_dim, self.kv_lora_rank)
+        return both[:, : self.nope], both[:, self.nope :]
+
+    def absorbed_query(
+        self,
+        q_nope: Float[Tensor, "batch queries heads nope"],
+        q_rope: Float[Tensor, "batch queries heads rope"],
+    ) -> Float[Tensor, "batch queries heads dim"]:
+        """Scaled queries on the latent rows: [W_uk^T q_nope ; q_rope]."""
+        absorbed = torch.einsum("bshn,hnl->bshl", q_nope, self.expansion()[0])
+        query: Tensor = torch.cat([absorbed, q_rope], dim=-1) * self.scale
+        return query
+
+    @torch.no_grad()
+    def measure_recall(
+        self,
+        latents: Latents,
+        visible: Visibility,
+        index: tuple[Tensor, Tensor, Tensor],
+    ) -> Float[Tensor, "3"]:
+        """`topk_recall` of a few evenly spaced queries, whose full attention is computed for it."""
+        batch, seq, heads = latents.q_nope.shape[:3]
+        kv = torch.cat([latents.kv, latents.k_rope.squeeze(2)], dim=-1)
+        index_query, index_key, index_weights = index
+        step = -(-seq // _RECALL_QUERIES)
+        sample = torch.arange(seq - 1, -1, -step, device=kv.device)
+        sums = widen(kv.new_zeros(3))
+        for start, end in query_chunks(0, len(sample), batch * heads * seq):
+            places = sample[start:end]
+            hidden = visible.hidden_at(places, seq)
+            query = self.absorbed_query(latents.q_nope[:, places], latents.q_rope[:, places])
+            scores = widen(torch.einsum("bqhd,bsd->bhqs", query, kv))
+            attention = scores.masked_fill_(hidden.unsqueeze(1), float("-inf")).softmax(-1).sum(1)
+            scored = index_scores(index_query[:, places], index_key, index_weights[:, places])
+            selected = best_keys(scored, hidden, min(self.indexer.top_k, seq))
+            sums += topk_recall(attention, hidden, selected)
+        return sums
