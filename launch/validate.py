@@ -38,6 +38,8 @@ _MAY_BE_ZERO = {
     "evaluate.every_steps",
     "model.moe.bias_update_speed",
     "model.moe.balance_loss_weight",
+    "model.mla.yarn.mscale",
+    "model.mla.yarn.mscale_all_dim",
     "model.mtp_loss_weight",
     "model.hyper_connection.gate_init",
     "model.hyper_connection.phi_init_std",

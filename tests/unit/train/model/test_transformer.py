@@ -2,12 +2,19 @@ import pytest
 import torch
 
 from tests.unit.train.model.tiny import FULL, TINY, build, packed, relative_error, with_changes
-from train.model.attention.config import MlaConfig
+from train.model.attention.config import IndexerConfig, MlaConfig, YarnConfig
 from train.model.config import EngramConfig, HyperConnectionConfig
 from train.model.initialize import fill_buffers, parameter_init
 from train.model.moe.config import MoeConfig
 from train.model.moe.layer import MoeLayer
 from train.model.transformer import Transformer
+
+
+def test_the_indexer_starts_with_the_rules_of_its_layers() -> None:
+    values = dict(build(with_changes(FULL, attention="dsa")).named_parameters())
+    assert (values["layers.0.attention.indexer.k_norm.weight"] == 1).all()
+    assert (values["layers.0.attention.indexer.k_norm.bias"] == 0).all()
+    assert 0.015 < float(values["layers.0.attention.indexer.q_b.weight"].detach().std()) < 0.025
 
 
 @pytest.mark.parametrize("residual", ["plain", "hc", "mhc"])
@@ -43,6 +50,9 @@ def test_parts_cover_the_model() -> None:
     assert [len(group) for group in parts.fp32_modules] == [2, 3, 3, 3]
     plain = Transformer(with_changes(FULL, residual="plain")).parts()
     assert [len(group) for group in plain.fp32_modules] == [1, 1, 1]
+    # An indexer adds its norm and the weights of its heads, in the dense block too.
+    sparse = Transformer(with_changes(FULL, attention="dsa")).parts()
+    assert [len(group) for group in sparse.fp32_modules] == [4, 5, 5, 5]
 
 
 def test_meta_device_construction_then_values() -> None:
@@ -98,6 +108,18 @@ def test_bf16_model_stays_close_to_fp32() -> None:
         ({"router": "hash"}, "model.router=hash: not implemented"),
         ({"mtp_depth": 2}, r"model\.mtp_depth=2: .*use 0 or 1"),
         ({"mla": MlaConfig(qk_rope_head_dim=5)}, r"qk_rope_head_dim=5: .*use 4 or 6"),
+        (
+            {"mla": MlaConfig(yarn=YarnConfig(factor=1.0))},
+            r"model\.mla\.yarn\.factor=1\.0: must be more than 1; .*yarn=null",
+        ),
+        (
+            {"mla": MlaConfig(yarn=YarnConfig(beta_slow=40.0))},
+            r"yarn\.beta_slow=40\.0: must be less than model\.mla\.yarn\.beta_fast=32\.0",
+        ),
+        (
+            {"attention": "dsa", "indexer": IndexerConfig(head_dim=2)},
+            r"model\.indexer\.head_dim=2: must hold .*qk_rope_head_dim=4 .*use 4 or more",
+        ),
         ({"moe": MoeConfig(num_experts=2, num_experts_per_token=3)}, "num_experts_per_token=3"),
         ({"hyper_connection": HyperConnectionConfig(num_streams=1)}, "num_streams=1: at least 2"),
         ({"engram": EngramConfig(layers=(1, 9))}, r"layers=\[1,9\]: .*from 0 to 2"),
