@@ -170,13 +170,13 @@ class _ManifoldRead(torch.autograd.Function):
         read: Tensor | None,
         *parameters: Tensor,
     ) -> tuple[Tensor, ...]:
-        phi, alpha, bias = parameters
+        phi, alpha, bias = (parameter.detach() for parameter in parameters)
         passes, leading = site.passes, stream.shape[:2]
-        x = stream.flatten(0, 1)
+        x = _tokens(stream)
         scale = torch.rsqrt(passes.mean_square(x) + site.eps)
         product = _project(x.flatten(1), phi).to(scale.dtype)
         projected, pre, post, res = passes.maps(product, scale, alpha, bias, site.num_iterations)
-        read = pre if read is None else read.flatten(0, 1)
+        read = pre if read is None else _tokens(read)
         ctx.passes, ctx.single_pass = passes, site.single_pass
         ctx.num_iterations = site.num_iterations
         ctx.save_for_backward(x, phi, alpha, bias, scale, projected, read, res)
@@ -195,7 +195,7 @@ class _ManifoldRead(torch.autograd.Function):
         x, phi, alpha, bias, scale, projected, read, res = ctx.saved_tensors
         passes, leading = ctx.passes, grad_input.shape[:2]
         df, g, grad_pre, grad_post, grad_res = (
-            grad.flatten(0, 1).contiguous() for grad in (grad_input, *grads)
+            _tokens(grad).contiguous() for grad in (grad_input, *grads)
         )
         grad_read = passes.read_grad(x, df)
         single_pass = ctx.single_pass
@@ -231,16 +231,16 @@ class _Read(torch.autograd.Function):
     def forward(
         ctx: Any, stream: Tensor, pre: Tensor, res: Tensor, passes: Passes
     ) -> tuple[Tensor, Tensor]:
-        x, read = stream.flatten(0, 1), pre.flatten(0, 1)
+        x, read = _tokens(stream), _tokens(pre)
         ctx.passes = passes
-        ctx.save_for_backward(x, read, res.flatten(0, 1))
+        ctx.save_for_backward(x, read, _tokens(res))
         return _split(passes.read(x, read), stream.shape[:2]).detach(), stream.detach()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_input: Tensor, grad_written: Tensor) -> tuple[Tensor | None, ...]:
         x, read, res = ctx.saved_tensors
-        g, df = (grad.flatten(0, 1).contiguous() for grad in (grad_written, grad_input))
+        g, df = (_tokens(grad).contiguous() for grad in (grad_written, grad_input))
         grad_x = ctx.passes.stream_grad(g, df, x, read=read, res=res, shrink=None)
         leading = grad_input.shape[:2]
         grad_read = ctx.passes.read_grad(x, df)
@@ -253,7 +253,7 @@ class _Write(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, passes: Passes, stream: Tensor, output: Tensor, *maps: Tensor) -> Tensor:
         leading = stream.shape[:2]
-        x, f, post, res = (tensor.flatten(0, 1) for tensor in (stream, output, *maps))
+        x, f, post, res = (_tokens(tensor) for tensor in (stream, output, *maps))
         ctx.passes = passes
         ctx.save_for_backward(x, f, post)
         return _split(passes.write(x, f, post, res), leading).detach()
@@ -263,7 +263,7 @@ class _Write(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, f, post = ctx.saved_tensors
         leading = grad.shape[:2]
-        grads = ctx.passes.write_grad(grad.flatten(0, 1).contiguous(), x, f, post)
+        grads = ctx.passes.write_grad(_tokens(grad).contiguous(), x, f, post)
         df, grad_post, grad_res = (_split(part, leading) for part in grads)
         return None, grad, df, grad_post, grad_res
 
@@ -275,6 +275,11 @@ def _project(x: Tensor, phi: Tensor) -> Tensor:
         # oneDNN takes 1.5-2 times as long for 24 columns as for 32.
         phi = F.pad(phi, (0, 0, 0, -rows % 32))
     return F.linear(x, phi.to(x.dtype))[:, :rows]
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """Batch and sequence as one dim; without its history, which the compiler would warn of."""
+    return x.detach().flatten(0, 1)
 
 
 def _split(x: Tensor, leading: torch.Size) -> Tensor:

@@ -113,10 +113,12 @@ def _per_map(alpha: Tensor, n: int) -> Tensor:
     return torch.cat([alpha[0].expand(n), alpha[1].expand(n), alpha[2].expand(n * n)])
 
 
-def _logits(projected: Tensor, alpha: Tensor, bias: Tensor, n: int) -> tuple[Tensor, ...]:
+def _logits(
+    projected: Tensor, alpha: Tensor, bias: Tensor, n: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """`alpha * (phi x') + b`, for pre, post and res; tokens last."""
     logits = projected * _per_map(alpha, n).unsqueeze(1) + bias.unsqueeze(1)
-    return torch.split(logits, [n, n, n * n])
+    return logits[:n], logits[n : 2 * n], logits[2 * n :]
 
 
 def _read(x: Tensor, read: Tensor) -> Tensor:
@@ -162,8 +164,7 @@ def _mean_square(x: Tensor) -> Tensor:
 
 
 def _fused_read(x: Tensor, read: Tensor) -> Tensor:
-    parts = x.to(wide_type(x)).unbind(1)
-    return _combine(read.unbind(1), parts).to(x.dtype)
+    return _combine(read, x.to(wide_type(x))).to(x.dtype)
 
 
 def _fused_read_grad(x: Tensor, df: Tensor) -> Tensor:
@@ -173,9 +174,9 @@ def _fused_read_grad(x: Tensor, df: Tensor) -> Tensor:
 
 def _fused_write(x: Tensor, f: Tensor, post: Tensor, res: Tensor) -> Tensor:
     wide = wide_type(x)
-    parts, f = x.to(wide).unbind(1), f.to(wide)
+    wide_x, wide_f = x.to(wide), f.to(wide)
     rows = [
-        _combine(row.unbind(1), parts) + weight.unsqueeze(1) * f
+        _combine(row, wide_x) + weight.unsqueeze(1) * wide_f
         for row, weight in zip(res.unbind(1), post.unbind(1), strict=True)
     ]
     return torch.stack(rows, 1).to(x.dtype)
@@ -185,20 +186,20 @@ def _fused_write_grad(
     g: Tensor, x: Tensor, f: Tensor, post: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     wide = wide_type(x)
-    g_wide, x_wide, f_wide = g.to(wide), x.to(wide), f.to(wide)
-    df = _combine(post.unbind(1), g_wide.unbind(1)).to(f.dtype)
-    d_post = (g_wide * f_wide.unsqueeze(1)).sum(2)
-    return df, d_post, (g_wide.unsqueeze(2) * x_wide.unsqueeze(1)).sum(3)
+    wide_g, wide_x, wide_f = g.to(wide), x.to(wide), f.to(wide)
+    df = _combine(post, wide_g).to(f.dtype)
+    d_post = (wide_g * wide_f.unsqueeze(1)).sum(2)
+    return df, d_post, (wide_g.unsqueeze(2) * wide_x.unsqueeze(1)).sum(3)
 
 
 def _fused_stream_grad(
     g: Tensor, df: Tensor, x: Tensor, *, read: Tensor, res: Tensor, shrink: Tensor | None
 ) -> Tensor:
     wide = wide_type(g)
-    parts, df = g.to(wide).unbind(1), df.to(wide)
+    wide_g, wide_df = g.to(wide), df.to(wide)
     columns = []
     for j, (column, weight) in enumerate(zip(res.unbind(2), read.unbind(1), strict=True)):
-        grad = _combine(column.unbind(1), parts) + weight.unsqueeze(1) * df
+        grad = _combine(column, wide_g) + weight.unsqueeze(1) * wide_df
         if shrink is not None:
             grad = grad + shrink.unsqueeze(1) * x[:, j].to(wide)
         columns.append(grad)
@@ -209,11 +210,11 @@ def _fused_mean_square(x: Tensor) -> Tensor:
     return x.to(wide_type(x)).square().flatten(1).mean(1)
 
 
-def _combine(weights: tuple[Tensor, ...], parts: tuple[Tensor, ...]) -> Tensor:
-    """`sum_i weights_i parts_i`, written out."""
-    total = weights[0].unsqueeze(1) * parts[0]
-    for weight, part in zip(weights[1:], parts[1:], strict=True):
-        total = total + weight.unsqueeze(1) * part
+def _combine(weights: Tensor, x: Tensor) -> Tensor:
+    """`sum_i weights_i x_i` per token, written out."""
+    total = weights[:, :1] * x[:, 0]
+    for i in range(1, x.shape[1]):
+        total = total + weights[:, i : i + 1] * x[:, i]
     return total
 
 
