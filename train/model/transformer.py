@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from parallel.apply import ModelParts
+from train.model.attention.compressed import HybridAttention
 from train.model.attention.config import IndexerStage
 from train.model.attention.trained_indexer import TrainedIndexer
 from train.model.block import Block
@@ -116,7 +117,8 @@ class Transformer(nn.Module):
         if not indexers:
             raise ValueError(
                 f"model.indexer.stage={stage}: model.attention={self.config.attention} has no "
-                "indexer; use model.attention=dsa"
+                "indexer; use model.attention=dsa, or v4_hybrid with layers of "
+                "model.compressed.csa_ratio"
             )
         for indexer in indexers:
             indexer.stage = stage
@@ -184,10 +186,13 @@ def _build_engrams(config: ModelConfig) -> dict[int, Engram]:
 
 
 def _fp32_modules(block: Block) -> list[nn.Module]:
-    """Modules of a block whose small parameters decide much: hyper-connection sites and router."""
+    """Modules of a block whose few parameters decide much: sites, router, sink, pooling."""
     sites = [block.attention_site, block.ffn_site]
     routers = [block.ffn.router] if isinstance(block.ffn, MoeLayer) else []
-    return [module for module in [*sites, *routers] if any(True for _ in module.parameters())]
+    hybrid = block.attention.fp32_modules() if isinstance(block.attention, HybridAttention) else []
+    return [
+        module for module in [*sites, *routers, *hybrid] if any(True for _ in module.parameters())
+    ]
 
 
 def _fp32_indexer_modules(block: Block) -> list[nn.Module]:

@@ -102,7 +102,7 @@ class SparseLatentAttention(MultiHeadLatentAttention):
         """Attend from every token to selected earlier ones of its document."""
         cos, sin = rotary_tables(position_ids, self.rope, self.theta, self.yarn)
         latents = self.latents(x, cos, sin)
-        sparse = self.indexer.stage == "sparse" and self.indexer.top_k < x.shape[1]
+        sparse = self.indexer.selects_among(x.shape[1])
         if not (sparse or self.indexer.learns):
             dense: Tensor = self.o(self.attend_with_heads(latents, document_ids))
             return dense
