@@ -19,6 +19,7 @@ from parallel.gradients import clip_by_global_norm
 from train.build import Training
 from train.metrics import Record
 from train.model.mtp import mtp_labels
+from train.monitor.indexer import indexer_metrics
 from train.monitor.routing import routing_metrics
 from train.optim.groups import set_learning_rate
 from train.optim.schedule import learning_rate
@@ -36,8 +37,8 @@ def train_step(training: Training, batch: Batch, step: int) -> Record:
     """
     config, model = training.config, training.model
     model.train()
-    set_balance_scale(training)
-    valid = count_labels(training, batch)
+    valid, tokens = count_labels(training, batch)
+    set_loss_scales(training, tokens)
     sums = torch.zeros(3, dtype=training.sum_dtype, device=training.device)
     microbatches = split(batch, config.train.micro_batch_size)
     for index, part in enumerate(microbatches):
@@ -52,7 +53,9 @@ def train_step(training: Training, batch: Batch, step: int) -> Record:
         dict(model.named_parameters()), config.optim.max_grad_norm, sum_dtype=training.sum_dtype
     ).item()
     loss_main, loss_mtp, loss_balance = sums.tolist()
+    indexing = reduce_indexer_sums(training, tokens)
     loss = loss_main + config.model.mtp_loss_weight * loss_mtp + loss_balance
+    loss += indexing.get("loss_indexer", 0.0)
     guard_finite(step, loss=loss, gradient_norm=gradient_norm)
 
     rate = learning_rate(config.optim, step, config.train.steps)
@@ -63,7 +66,7 @@ def train_step(training: Training, batch: Batch, step: int) -> Record:
     if config.model.mtp_depth:
         record["loss_mtp"] = loss_mtp
     record |= {"loss_balance": loss_balance, "grad_norm": gradient_norm, "learning_rate": rate}
-    return record | update_router_bias(training)
+    return record | indexing | update_router_bias(training)
 
 
 def split(batch: Batch, size: int) -> list[Batch]:
@@ -99,23 +102,31 @@ def summed_cross_entropy(
     return F.cross_entropy(wide.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
 
 
-def count_labels(training: Training, batch: Batch) -> Float[Tensor, "2"]:
-    """Valid labels of the global batch for the main and the MTP loss, at least 1 each.
+def count_labels(training: Training, batch: Batch) -> tuple[Float[Tensor, "2"], float]:
+    """Valid labels of the global batch for the main and the MTP loss, at least 1 each; its tokens.
 
-    Communication: one all-reduce of two numbers over the world.
+    Communication: one all-reduce of three numbers over the world.
     """
     further = mtp_labels(batch.labels, batch.document_ids)
-    counts = torch.stack([(batch.labels >= 0).sum(), (further >= 0).sum()])
+    tokens = torch.tensor(batch.labels.numel())
+    counts = torch.stack([(batch.labels >= 0).sum(), (further >= 0).sum(), tokens])
     counts = counts.to(training.device, training.sum_dtype)
     dist.all_reduce(counts)
-    return counts.clamp(min=1.0).to(training.loss_dtype)
+    return counts[:2].clamp(min=1.0).to(training.loss_dtype), counts[2].item()
 
 
-def set_balance_scale(training: Training) -> None:
-    """Give every MoE layer the factor that makes local balance losses add up to the mean."""
-    scale = training.config.model.moe.balance_loss_weight / training.config.train.global_batch_size
-    for moe in training.model.moe_layers():
-        moe.balance_scale = scale
+def set_loss_scales(training: Training, tokens: float) -> None:
+    """Give every layer with a loss of its own the factor that makes local sums add up to the mean.
+
+    Args:
+        training: its MoE layers and indexers are set.
+        tokens: of the global batch.
+    """
+    model, config = training.model, training.config
+    for moe in model.moe_layers():
+        moe.balance_scale = config.model.moe.balance_loss_weight / config.train.global_batch_size
+    for indexer in model.indexers():
+        indexer.loss_scale = config.model.indexer.loss_weight / tokens
 
 
 def guard_finite(step: int, *, loss: float, gradient_norm: float) -> None:
@@ -127,8 +138,27 @@ def guard_finite(step: int, *, loss: float, gradient_norm: float) -> None:
         )
 
 
+def reduce_indexer_sums(training: Training, tokens: float) -> Record:
+    """The indexers' weighted loss, summed over layers, and metrics; empty if they do not learn.
+
+    Communication: one all-reduce of four numbers over the world, if they learn.
+
+    Args:
+        training: the sums of its indexers start over.
+        tokens: of the global batch.
+    """
+    indexers = training.model.indexers()
+    if not indexers or indexers[0].stage == "dense":
+        return {}
+    sums = torch.stack([indexer.take_sums() for indexer in indexers]).sum(0)
+    sums = sums.to(training.sum_dtype)
+    dist.all_reduce(sums)
+    loss = training.config.model.indexer.loss_weight * sums[0].item() / tokens
+    return {"loss_indexer": loss} | indexer_metrics(sums, tokens * len(indexers))
+
+
 def update_router_bias(training: Training) -> Record:
-    """Move every router's load-balancing bias once; returns the load metrics.
+    """Move every router's load-balancing bias once, unless the model is frozen; returns load metrics.
 
     Communication: one all-reduce of the token counts [MoE layers, experts] over the world.
     """
@@ -137,6 +167,7 @@ def update_router_bias(training: Training) -> Record:
         return {}
     counts = torch.stack([moe.take_load_counts() for moe in layers])
     dist.all_reduce(counts)
-    for moe, layer_counts in zip(layers, counts, strict=True):
-        moe.update_bias(layer_counts)
+    if not training.model.is_frozen:
+        for moe, layer_counts in zip(layers, counts, strict=True):
+            moe.update_bias(layer_counts)
     return routing_metrics(counts, [moe.expert_bias for moe in layers])

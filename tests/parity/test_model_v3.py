@@ -1,7 +1,8 @@
-"""Logits and all gradients against transformers' DeepSeek-V3 with the same random weights."""
+"""Logits and all gradients against transformers' DeepSeek-V3 and V3.2 with the same random weights."""
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
+from typing import Any
 
 import pytest
 import torch
@@ -9,9 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.unit.train.model.tiny import TINY, build, relative_error
+from train.model.attention.config import IndexerConfig, YarnConfig
+from train.model.config import ModelConfig
 from train.model.transformer import Transformer
 
 CONFIG = replace(TINY, residual="plain", swiglu_limit=None)
+YARN = YarnConfig(factor=8.0, original_max_position_embeddings=24, beta_fast=2.0, beta_slow=0.5)
+# With few index heads none fires for some keys: they tie at 0, and which are selected is arbitrary.
+INDEXER = IndexerConfig(num_heads=16, head_dim=12, top_k=20)
 BLOCK_NAMES = {
     "input_layernorm.weight": "attention_norm.weight",
     "post_attention_layernorm.weight": "ffn_norm.weight",
@@ -22,6 +28,11 @@ BLOCK_NAMES = {
     "self_attn.kv_a_layernorm.weight": "attention.kv_a_norm.weight",
     "self_attn.kv_b_proj.weight": "attention.kv_b.weight",
     "self_attn.o_proj.weight": "attention.o.weight",
+    "self_attn.indexer.wq_b.weight": "attention.indexer.q_b.weight",
+    "self_attn.indexer.wk.weight": "attention.indexer.k.weight",
+    "self_attn.indexer.k_norm.weight": "attention.indexer.k_norm.weight",
+    "self_attn.indexer.k_norm.bias": "attention.indexer.k_norm.bias",
+    "self_attn.indexer.weights_proj.weight": "attention.indexer.head_weights.weight",
     "mlp.gate_proj.weight": "ffn.gate.weight",
     "mlp.up_proj.weight": "ffn.up.weight",
     "mlp.down_proj.weight": "ffn.down.weight",
@@ -53,35 +64,27 @@ def tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def transformers_model(ours: Transformer) -> nn.Module:
-    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM  # noqa: PLC0415
-
-    config, mla, moe = ours.config, ours.config.mla, ours.config.moe
-    model: nn.Module = DeepseekV3ForCausalLM(
-        DeepseekV3Config(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            moe_intermediate_size=moe.expert_intermediate_size,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_attention_heads,
-            num_key_value_heads=config.num_attention_heads,
-            n_shared_experts=moe.num_shared_experts,
-            n_routed_experts=moe.num_experts,
-            num_experts_per_tok=moe.num_experts_per_token,
-            routed_scaling_factor=moe.routed_scaling_factor,
-            first_k_dense_replace=config.num_dense_layers,
-            kv_lora_rank=mla.kv_lora_rank,
-            q_lora_rank=mla.q_lora_rank,
-            qk_rope_head_dim=mla.qk_rope_head_dim,
-            qk_nope_head_dim=mla.qk_nope_head_dim,
-            v_head_dim=mla.v_head_dim,
-            rms_norm_eps=config.rms_norm_eps,
-            n_group=1,
-            topk_group=1,
-            norm_topk_prob=True,
-            attn_implementation="eager",
-        )
+    from transformers import (  # noqa: PLC0415
+        DeepseekV3Config,
+        DeepseekV3ForCausalLM,
+        DeepseekV32Config,
+        DeepseekV32ForCausalLM,
     )
+
+    fields = config_fields(ours.config)
+    model: nn.Module
+    if ours.config.attention == "dsa":
+        indexer = ours.config.indexer
+        model = DeepseekV32ForCausalLM(
+            DeepseekV32Config(
+                **fields,
+                index_topk=indexer.top_k,
+                index_n_heads=indexer.num_heads,
+                index_head_dim=indexer.head_dim,
+            )
+        )
+    else:
+        model = DeepseekV3ForCausalLM(DeepseekV3Config(**fields))
     mine = dict(tensors(ours))
     with torch.no_grad():
         for name, tensor in tensors(model):
@@ -90,16 +93,64 @@ def transformers_model(ours: Transformer) -> nn.Module:
     return model
 
 
+def config_fields(config: ModelConfig) -> dict[str, Any]:
+    """What their configurations of V3 and V3.2 call our keys."""
+    mla, moe = config.mla, config.moe
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": mla.rope_theta}
+    if mla.yarn is not None:
+        rope |= {"rope_type": "yarn", **asdict(mla.yarn)}
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "moe_intermediate_size": moe.expert_intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_attention_heads,
+        "n_shared_experts": moe.num_shared_experts,
+        "n_routed_experts": moe.num_experts,
+        "num_experts_per_tok": moe.num_experts_per_token,
+        "routed_scaling_factor": moe.routed_scaling_factor,
+        "first_k_dense_replace": config.num_dense_layers,
+        "kv_lora_rank": mla.kv_lora_rank,
+        "q_lora_rank": mla.q_lora_rank,
+        "qk_rope_head_dim": mla.qk_rope_head_dim,
+        "qk_nope_head_dim": mla.qk_nope_head_dim,
+        "v_head_dim": mla.v_head_dim,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_parameters": rope,
+        "max_position_embeddings": 192,
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": True,
+        "attn_implementation": "eager",
+    }
+
+
 def gradients(model: nn.Module, logits: Tensor, ids: Tensor) -> dict[str, Tensor]:
+    """Of everything that the language loss moves: all but the indexers."""
     loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-    names, parameters = zip(*model.named_parameters(), strict=True)
-    return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+    named = {name: p for name, p in model.named_parameters() if "indexer" not in name}
+    grads = torch.autograd.grad(loss, list(named.values()))
+    return dict(zip(named, grads, strict=True))
 
 
+CASES = {
+    "v3": CONFIG,
+    "v3 yarn": replace(CONFIG, mla=replace(CONFIG.mla, yarn=YARN)),
+    "v3.2": replace(CONFIG, attention="dsa", indexer=INDEXER),
+    "v3.2 gathered": replace(CONFIG, attention="dsa", indexer=replace(INDEXER, top_k=8)),
+    "v3.2 yarn": replace(
+        CONFIG, attention="dsa", indexer=INDEXER, mla=replace(CONFIG.mla, yarn=YARN)
+    ),
+}
+
+
+@pytest.mark.parametrize("config", CASES.values(), ids=CASES.keys())
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-def test_logits_and_gradients_equal_transformers() -> None:
-    moe = replace(CONFIG.moe, routed_scaling_factor=2.5)
-    ours = build(replace(CONFIG, moe=moe), noise=0.1)
+def test_logits_and_gradients_equal_transformers(config: ModelConfig) -> None:
+    moe = replace(config.moe, routed_scaling_factor=2.5)
+    ours = build(replace(config, moe=moe), noise=0.1)
     for layer in ours.moe_layers():
         nn.init.normal_(layer.expert_bias, std=0.1)
     theirs = transformers_model(ours)

@@ -151,7 +151,8 @@ class SparseLatentAttention(MultiHeadLatentAttention):
     ) -> Float[Tensor, "batch queries heads dim"]:
         """Scaled queries on the latent rows: [W_uk^T q_nope ; q_rope]."""
         absorbed = torch.einsum("bshn,hnl->bshl", q_nope, self.expansion()[0])
-        return torch.cat([absorbed, q_rope], dim=-1) * self.scale
+        query: Tensor = torch.cat([absorbed, q_rope], dim=-1) * self.scale
+        return query
 
     @torch.no_grad()
     def measure_recall(

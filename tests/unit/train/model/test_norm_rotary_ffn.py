@@ -1,10 +1,13 @@
 import math
+from dataclasses import asdict
 
+import pytest
 import torch
 
+from train.model.attention.config import YarnConfig
 from train.model.ffn import FeedForward, swiglu
 from train.model.norm import RMSNorm
-from train.model.rotary import rotary_tables, rotate
+from train.model.rotary import rotary_tables, rotate, rotate_halves, softmax_correction, stretch
 
 
 def test_rms_norm_follows_its_formula_and_accumulates_bf16_in_fp32() -> None:
@@ -65,3 +68,39 @@ def test_feed_forward_is_down_of_swiglu() -> None:
     x = torch.randn(2, 3, 6)
     gate, up = x @ ffn.gate.weight.T, x @ ffn.up.weight.T
     torch.testing.assert_close(ffn(x), (gate * gate.sigmoid() * up) @ ffn.down.weight.T)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("mscale", [(1.0, 1.0), (0.707, 1.0), (1.0, 0.707)])
+@pytest.mark.parametrize("original", [32, 4096])
+def test_yarn_equals_transformers(mscale: tuple[float, float], original: int) -> None:
+    from transformers import DeepseekV3Config  # noqa: PLC0415
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # noqa: PLC0415
+
+    yarn = YarnConfig(
+        factor=40.0,
+        original_max_position_embeddings=original,
+        mscale=mscale[0],
+        mscale_all_dim=mscale[1],
+    )
+    rope = {"rope_type": "yarn", "rope_theta": 5000.0, **asdict(yarn)}
+    config = DeepseekV3Config(qk_rope_head_dim=16, rope_parameters=rope)
+    frequencies, scale = ROPE_INIT_FUNCTIONS["yarn"](config)
+    positions = torch.tensor([[0, 3, 100, 5000]])
+    angles = positions[..., None].float() * frequencies
+    for found, wanted in zip(
+        rotary_tables(positions, 16, 5000.0, yarn), (angles.cos(), angles.sin()), strict=True
+    ):
+        torch.testing.assert_close(found, wanted * scale, rtol=1e-4, atol=1e-3)
+    mine = stretch(5000.0 ** -(torch.arange(0, 16, 2) / 16), 5000.0, yarn)
+    torch.testing.assert_close(mine, frequencies, rtol=1e-6, atol=0)
+    assert softmax_correction(yarn) == (0.1 * mscale[1] * math.log(40.0) + 1) ** 2
+    assert softmax_correction(None) == 1
+
+
+def test_halves_are_the_interleaved_pairs_with_channels_permuted() -> None:
+    x, tables = torch.randn(2, 3, 2, 8), rotary_tables(torch.arange(6).view(2, 3), 8, 100.0)
+    order = torch.arange(8).view(2, 4).T.flatten()
+    torch.testing.assert_close(
+        rotate_halves(x, *tables)[..., order], rotate(x[..., order], *tables)
+    )
