@@ -86,7 +86,7 @@ def _compressed(config: ModelConfig) -> Problems:
     if v4.yarn is not None and v4.yarn.mscale != v4.yarn.mscale_all_dim:
         yield (
             f"model.compressed.yarn.mscale={v4.yarn.mscale}: V4 scales neither tables nor scores; use "
-            f"mscale_all_dim={v4.yarn.mscale_all_dim}"
+            f"model.compressed.yarn.mscale={v4.yarn.mscale_all_dim}, as mscale_all_dim"
         )
 
 

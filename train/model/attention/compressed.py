@@ -7,7 +7,6 @@ tokens each.
 """
 
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +24,7 @@ from train.model.attention.indexer import (
     widen,
 )
 from train.model.attention.trained_indexer import TrainedIndexer
-from train.model.attention.windowed import Seen, attend_in_window, joint_probabilities
+from train.model.attention.windowed import Parts, Seen, attend_in_window, joint_probabilities
 from train.model.config import ModelConfig
 from train.model.norm import RMSNorm
 from train.model.rotary import rotary_tables, rotate_last
@@ -105,15 +104,6 @@ class GroupedLinear(nn.Linear):
         return torch.einsum("bsgi,goi->bsgo", grouped, weight).flatten(2)
 
 
-class Parts(NamedTuple):
-    """What attention runs over; rotary channels are rotated, the query is scaled."""
-
-    query: Float[Tensor, "batch seq heads dim"]
-    kv: Float[Tensor, "batch seq dim"]
-    entries: Float[Tensor, "batch entries dim"]
-    sink: Float[Tensor, "heads"]
-
-
 class HybridAttention(nn.Module):
     """Multi-query attention with K = V over a window of tokens, compressed entries and a sink.
 
@@ -173,7 +163,7 @@ class HybridAttention(nn.Module):
         indexer = self.indexer
         sparse = indexer is not None and indexer.selects_among(parts.entries.shape[1])
         if indexer is None or not (sparse or indexer.learns):
-            return self.output(attend_in_window(*parts, seen), tables)
+            return self.output(attend_in_window(parts, seen), tables)
         index: tuple[Tensor, Tensor, Tensor] = indexer(x, latent, blocks, tables)
         if sparse:
             seen = replace(seen, selected=select(*index, seen.entries, indexer.top_k))
@@ -181,7 +171,7 @@ class HybridAttention(nn.Module):
         # window teaches less. `IndexerLoss` sums over heads before it normalises.
         loss = IndexerLoss(*index) if indexer.learns else None
         observe = None if loss is None else loss.over_keys
-        mixed = self.output(attend_in_window(*parts, seen, observe=observe), tables)
+        mixed = self.output(attend_in_window(parts, seen, observe), tables)
         if loss is None:
             return mixed
         recall = self.measure_recall(parts, seen, index, indexer.top_k)

@@ -8,7 +8,7 @@ memory grows with the sequence times the chunk.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -54,29 +54,32 @@ class Seen:
         return hidden | ~selection_mask(self.selected[:, start:end], count)
 
 
+class Parts(NamedTuple):
+    """What attention runs over. One row per key serves all heads, as key and as value."""
+
+    query: Float[Tensor, "batch seq heads dim"]
+    """Scaled."""
+    kv: Float[Tensor, "batch seq dim"]
+    """Of the tokens."""
+    entries: Float[Tensor, "batch entries dim"]
+    """Compressed ones, any number."""
+    sink: Float[Tensor, "heads"]
+    """Logit of each head for attending to nothing."""
+
+
 def attend_in_window(
-    query: Float[Tensor, "batch seq heads dim"],
-    kv: Float[Tensor, "batch seq dim"],
-    entries: Float[Tensor, "batch entries dim"],
-    sink: Float[Tensor, "heads"],
-    seen: Seen,
-    *,
-    observe: Observer | None = None,
+    parts: Parts, seen: Seen, observe: Observer | None = None
 ) -> Float[Tensor, "batch seq heads dim"]:
     """`softmax([query keys^T ; sink]) [keys ; 0]` with keys = [window of kv ; entries].
 
-    One row per key serves all heads, as key and as value. The softmax is one over everything, in
-    fp32 or wider; what the sink gets is lost.
+    The softmax is one over everything, in fp32 or wider; what the sink gets is lost.
 
     Args:
-        query: scaled.
-        kv: of the tokens.
-        entries: compressed ones, any number.
-        sink: logit of each head for attending to nothing.
+        parts: queries and keys.
         seen: what each query attends to.
         observe: is shown the probabilities of the entries, a part of the joint softmax.
     """
-    result: Tensor = _Attention.apply(query, kv, entries, sink, seen, observe)  # type: ignore[no-untyped-call]
+    result: Tensor = _Attention.apply(*parts, seen, observe)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -115,10 +118,9 @@ class _Chunk:
     keys: Float[Tensor, "batch keys dim"]
 
 
-def _chunks(
-    query: Tensor, kv: Tensor, entries: Tensor, sink: Tensor, seen: Seen
-) -> Iterator[_Chunk]:
+def _chunks(parts: Parts, seen: Seen) -> Iterator[_Chunk]:
     """Attention of some queries at a time."""
+    query, kv, entries, sink = parts
     batch, seq, heads, _ = query.shape
     for start, end in query_chunks(0, seq, batch * heads * (seen.window + entries.shape[1])):
         first, count = seen.first_token(start), seen.entries.num_keys(end)
@@ -144,7 +146,7 @@ class _Attention(torch.autograd.Function):
         observe: Observer | None,
     ) -> Tensor:
         out = torch.empty_like(query)
-        for chunk in _chunks(query, kv, entries, sink, seen):
+        for chunk in _chunks(Parts(query, kv, entries, sink), seen):
             p = chunk.probabilities
             result = p.to(kv.dtype).flatten(1, 2) @ chunk.keys
             out[:, chunk.start : chunk.end] = result.view(*p.shape[:3], -1)
@@ -165,7 +167,7 @@ class _Attention(torch.autograd.Function):
         # An entry's gradient is a sum over all later chunks.
         grad_kv, grad_entries = torch.zeros_like(widen(kv)), torch.zeros_like(widen(entries))
         grad_sink = torch.zeros_like(widen(sink))
-        for chunk in _chunks(query, kv, entries, sink, ctx.seen):
+        for chunk in _chunks(Parts(query, kv, entries, sink), ctx.seen):
             rows, tokens = slice(chunk.start, chunk.end), chunk.end - chunk.first
             p, q, g = (
                 x.flatten(1, 2) for x in (chunk.probabilities, query[:, rows], grad[:, rows])
