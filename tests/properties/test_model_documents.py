@@ -7,12 +7,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.unit.train.model.tiny import FULL, build, packed, with_changes
+from train.model.attention.config import IndexerConfig
+from train.model.attention.dsa import SparseLatentAttention
 from train.model.transformer import Transformer, TransformerOutput
 
 LENGTHS = st.lists(st.integers(1, 12), min_size=1, max_size=5)
-MODELS = {
-    kind: build(with_changes(FULL, residual=kind), noise=0.1) for kind in ("plain", "hc", "mhc")
-}
+SPARSE = IndexerConfig(num_heads=16, head_dim=6, top_k=3)
+CONFIGS = {kind: with_changes(FULL, residual=kind) for kind in ("plain", "hc", "mhc")}
+CONFIGS["dsa"] = with_changes(FULL, attention="dsa", indexer=SPARSE)
+MODELS = {kind: build(config, noise=0.1) for kind, config in CONFIGS.items()}
 
 
 def everything(output: TransformerOutput) -> Tensor:
@@ -24,7 +27,7 @@ def run(model: Transformer, batch: list[Tensor]) -> Tensor:
         return everything(model(*batch))
 
 
-@pytest.mark.parametrize("kind", ["plain", "hc", "mhc"])
+@pytest.mark.parametrize("kind", MODELS)
 @settings(max_examples=10, deadline=None)
 @given(lengths=LENGTHS, seed=st.integers(0, 1000))
 def test_packed_equals_separate(kind: str, lengths: list[int], seed: int) -> None:
@@ -59,3 +62,29 @@ def test_a_changed_token_moves_only_the_rest_of_its_document(
     # MTP at place - 1 is told the changed token.
     assert not moved[~(same & (places >= place - 1)), 1].any()
     assert moved[place].all()
+
+
+@settings(max_examples=10, deadline=None)
+@given(lengths=LENGTHS, seed=st.integers(0, 1000))
+def test_an_indexer_learns_from_each_document_as_if_it_were_alone(
+    lengths: list[int], seed: int
+) -> None:
+    layer = MODELS["dsa"].layers["0"].attention
+    assert isinstance(layer, SparseLatentAttention)
+    layer.indexer.loss_scale = 1.0
+    _, positions, documents = packed(tuple(lengths), batch=1)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(*positions.shape, 32, generator=generator)
+
+    def learn(part: slice) -> list[Tensor]:
+        layer.zero_grad()
+        layer(x[:, part], positions[:, part], documents[:, part]).sum().backward()
+        grads = [p.grad for p in layer.indexer.parameters() if p.grad is not None]
+        return [layer.indexer.take_sums()[0], *grads]
+
+    together = learn(slice(None))
+    ends = torch.tensor(lengths).cumsum(0).tolist()
+    alone = [learn(slice(end - length, end)) for length, end in zip(lengths, ends, strict=True)]
+    for found, parts in zip(together, zip(*alone, strict=True), strict=True):
+        wanted = torch.stack(parts).sum(0)
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)

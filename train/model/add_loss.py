@@ -29,7 +29,8 @@ class _AddLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
         ctx.one = loss.new_ones(())
-        return x.view_as(x)
+        # detach() shares the memory without being a view, of which FSDP2 warns.
+        return x.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:

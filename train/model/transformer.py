@@ -159,12 +159,7 @@ class Transformer(nn.Module):
             blocks=[*self.layers.values(), *self.mtp],
             expert_modules=[moe.experts for moe in self.moe_layers()],
             dispatch_sites=list(self.moe_layers()),
-            fp32_modules=[
-                group
-                for block in self.blocks()
-                for group in (_fp32_modules(block), _fp32_indexer_modules(block))
-                if group
-            ],
+            fp32_modules=[group for block in self.blocks() if (group := _fp32_modules(block))],
         )
 
 
@@ -186,20 +181,13 @@ def _build_engrams(config: ModelConfig) -> dict[int, Engram]:
 
 
 def _fp32_modules(block: Block) -> list[nn.Module]:
-    """Modules of a block whose few parameters decide much: sites, router, sink, pooling."""
-    sites = [block.attention_site, block.ffn_site]
-    routers = [block.ffn.router] if isinstance(block.ffn, MoeLayer) else []
-    hybrid = block.attention.fp32_modules() if isinstance(block.attention, HybridAttention) else []
-    return [
-        module for module in [*sites, *routers, *hybrid] if any(True for _ in module.parameters())
-    ]
-
-
-def _fp32_indexer_modules(block: Block) -> list[nn.Module]:
-    """Those of its indexer: a group of their own, for an idle indexer calls none of them."""
-    return [
+    """Modules of a block whose few parameters decide much: sites, sink, pooling, and router."""
+    attention = [
         module
-        for indexer in block.modules()
-        if isinstance(indexer, TrainedIndexer)
-        for module in indexer.fp32_modules()
+        for owner in block.modules()
+        if isinstance(owner, HybridAttention | TrainedIndexer)
+        for module in owner.fp32_modules()
     ]
+    routers = [block.ffn.router] if isinstance(block.ffn, MoeLayer) else []
+    modules = [block.attention_site, *attention, block.ffn_site, *routers]
+    return [module for module in modules if any(True for _ in module.parameters())]

@@ -146,7 +146,7 @@ class HybridAttention(nn.Module):
 
     def fp32_modules(self) -> list[nn.Module]:
         """As in DeepSeek's code; those of the indexer are its own."""
-        return [self.sink] if self.compressor is None else [self.sink, self.compressor.pool]
+        return [self.sink] if self.compressor is None else [self.compressor.pool, self.sink]
 
     def forward(
         self,
@@ -155,16 +155,23 @@ class HybridAttention(nn.Module):
         document_ids: Int[Tensor, "batch seq"],
     ) -> Float[Tensor, "batch seq hidden"]:
         """Attend from every token to its window and to earlier entries of its document."""
-        tables = rotary_tables(position_ids, self.rope, self.theta, self.yarn)
+        cos, sin = tables = rotary_tables(position_ids, self.rope, self.theta, self.yarn)
         blocks = Blocks.of(position_ids, document_ids, self.ratio)
         latent = self.q_a_norm(self.q_a(x))
         parts = self.parts(x, latent, blocks, tables)
         seen = Seen(self.window, blocks.visibility(document_ids))
         indexer = self.indexer
-        sparse = indexer is not None and indexer.selects_among(parts.entries.shape[1])
-        if indexer is None or not (sparse or indexer.learns):
+        if indexer is None:
             return self.output(attend_in_window(parts, seen), tables)
-        index: tuple[Tensor, Tensor, Tensor] = indexer(x, latent, blocks, tables)
+        sparse = indexer.selects_among(parts.entries.shape[1])
+        # Sharding wants every module called in every pass: an idle indexer gets no tokens.
+        rows = slice(x.shape[1] if sparse or indexer.learns else 0)
+        index: tuple[Tensor, Tensor, Tensor] = indexer(
+            x[:, rows],
+            latent[:, rows],
+            Blocks.of(position_ids[:, rows], document_ids[:, rows], self.ratio),
+            (cos[:, rows], sin[:, rows]),
+        )
         if sparse:
             seen = replace(seen, selected=select(*index, seen.entries, indexer.top_k))
         # The teacher is the joint softmax over window, entries and sink: a head that looks at the

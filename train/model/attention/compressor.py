@@ -68,9 +68,9 @@ class Blocks:
         """The tokens of every block."""
         batch, seq, width = x.shape
         slots = torch.arange(1 - self.ratio, 1, device=x.device)
-        starts = torch.arange(0, batch * seq, seq, device=x.device)[:, None, None]
-        places = (starts + self.last.unsqueeze(-1) + slots).flatten()
-        return x.reshape(-1, width).index_select(0, places).view(batch, -1, self.ratio, width)
+        starts = torch.arange(batch, device=x.device)[:, None, None] * seq
+        places = starts + self.last.unsqueeze(-1) + slots
+        return x.flatten(0, 1).index_select(0, places.flatten()).view(*places.shape, width)
 
     def at_first(
         self, table: Float[Tensor, "batch seq pairs"]

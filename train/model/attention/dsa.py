@@ -103,11 +103,12 @@ class SparseLatentAttention(MultiHeadLatentAttention):
         cos, sin = rotary_tables(position_ids, self.rope, self.theta, self.yarn)
         latents = self.latents(x, cos, sin)
         sparse = self.indexer.selects_among(x.shape[1])
-        if not (sparse or self.indexer.learns):
-            dense: Tensor = self.o(self.attend_with_heads(latents, document_ids))
-            return dense
         visible = Visibility.of_tokens(document_ids)
-        index: tuple[Tensor, Tensor, Tensor] = self.indexer(x, latents.query, cos, sin)
+        # Sharding wants every module called in every pass: an idle indexer gets no tokens.
+        rows = slice(x.shape[1] if sparse or self.indexer.learns else 0)
+        index: tuple[Tensor, Tensor, Tensor] = self.indexer(
+            x[:, rows], latents.query[:, rows], cos[:, rows], sin[:, rows]
+        )
         selected = select(*index, visible, self.indexer.top_k) if sparse else None
         loss = IndexerLoss(*index) if self.indexer.learns else None
         mixed: Tensor = self.o(self.attend_to(latents, document_ids, selected, loss))

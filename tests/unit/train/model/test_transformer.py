@@ -51,8 +51,8 @@ def test_hybrid_attention_differs_by_layer() -> None:
     values = dict(build(config).named_parameters())
     assert not values["layers.0.attention.sink.logits"].any()
     assert not values["layers.1.attention.compressor.pool.logits"].any()
-    # Sites, router, sink and pooling; then what the indexer keeps.
-    assert [len(group) for group in model.parts().fp32_modules] == [3, 5, 2, 5, 5, 2]
+    # Two sites and the sink; router; pooling; pooling and head weights of the indexer.
+    assert [len(group) for group in model.parts().fp32_modules] == [3, 7, 5, 7]
 
 
 def test_parameter_names_do_not_depend_on_what_else_is_switched_on() -> None:

@@ -190,6 +190,8 @@ def test_bf16_stays_close_to_fp32(layer: int) -> None:
     inputs = batch(40, 23)
     wanted = module(*inputs)
     kept = set(module.fp32_modules())
+    if module.indexer is not None:
+        kept |= set(module.indexer.fp32_modules())
     for part in module.modules():
         if part not in kept:
             for name, parameter in part.named_parameters(recurse=False):
