@@ -3,6 +3,7 @@
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from train.model.attention.compressed import HybridAttention
 from train.model.attention.dsa import SparseLatentAttention
 from train.model.attention.mla import MultiHeadLatentAttention
 from train.model.config import ModelConfig
@@ -28,7 +29,7 @@ class Block(nn.Module):
         self.engram = engram
         self.attention_site = build_site(config, 2 * layer_index)
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = build_attention(config)
+        self.attention = build_attention(config, layer_index)
         self.ffn_site = build_site(config, 2 * layer_index + 1)
         self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.ffn: FeedForward | MoeLayer
@@ -70,7 +71,11 @@ class Block(nn.Module):
         return self.ffn_site.write(self.ffn(self.ffn_norm(hidden)), maps)
 
 
-def build_attention(config: ModelConfig) -> MultiHeadLatentAttention:
-    """The attention that the configuration names."""
+def build_attention(
+    config: ModelConfig, layer_index: int
+) -> MultiHeadLatentAttention | HybridAttention:
+    """The attention that the configuration names for a layer."""
+    if config.attention == "v4_hybrid":
+        return HybridAttention(config, layer_index)
     kinds = {"mla": MultiHeadLatentAttention, "dsa": SparseLatentAttention}
     return kinds[config.attention](config)

@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 from pydantic import ConfigDict
 
-from train.model.attention.config import AttentionKind, IndexerConfig, MlaConfig
+from train.model.attention.config import AttentionKind, CompressedConfig, IndexerConfig, MlaConfig
 from train.model.moe.config import MoeConfig, RouterKind
 from train.model.multimodal.config import VisionConfig
 
@@ -85,6 +85,7 @@ class ModelConfig:
     attention: AttentionKind = "mla"
     """Attention of every block."""
     mla: MlaConfig = field(default_factory=MlaConfig)
+    compressed: CompressedConfig = field(default_factory=CompressedConfig)
     indexer: IndexerConfig = field(default_factory=IndexerConfig)
     residual: ResidualKind = "mhc"
     """plain: pre-norm residual; hc: unconstrained hyper-connections; mhc: manifold-constrained (V4);

@@ -11,6 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from parallel.initialize import Init
+from train.model.attention.compressed import AttentionSink
+from train.model.attention.compressor import SlotPool
 from train.model.config import HyperConnectionConfig, ModelConfig
 from train.model.embedding import OutputHead, TokenEmbedding
 from train.model.engram import Engram, EngramTable
@@ -58,6 +60,8 @@ def _own_init(module: nn.Module, config: ModelConfig) -> dict[str, Init]:
             rules = {"weight": one}
         case nn.Linear() | TokenEmbedding() | OutputHead() | Router():
             rules = {"weight": normal}
+        case AttentionSink() | SlotPool():
+            rules = {"logits": zero}
         case nn.LayerNorm():
             rules = {"weight": one, "bias": zero}
         case EngramTable():

@@ -127,3 +127,13 @@ def rotate_halves(
     cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
     halves = (first * cos - second * sin, first * sin + second * cos)
     return torch.cat(halves, dim=-1).to(x.dtype)
+
+
+def rotate_last(
+    x: Float[Tensor, "batch seq heads width"],
+    cos: Float[Tensor, "batch seq pairs"],
+    sin: Float[Tensor, "batch seq pairs"],
+) -> Float[Tensor, "batch seq heads width"]:
+    """`rotate` of the last channels of every head, as many as the tables have; the others stay."""
+    kept, turned = x.tensor_split([x.shape[-1] - 2 * cos.shape[-1]], dim=-1)
+    return torch.cat([kept, rotate(turned, cos, sin)], dim=-1)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from data.vision import VisionInput
 from parallel.apply import ModelParts
+from train.model.attention.compressed import HybridAttention
 from train.model.attention.config import IndexerStage
 from train.model.attention.trained_indexer import TrainedIndexer
 from train.model.block import Block
@@ -166,7 +167,8 @@ class Transformer(nn.Module):
         if not indexers:
             raise ValueError(
                 f"model.indexer.stage={stage}: model.attention={self.config.attention} has no "
-                "indexer; use model.attention=dsa"
+                "indexer; use model.attention=dsa, or v4_hybrid with layers of "
+                "model.compressed.csa_ratio"
             )
         for indexer in indexers:
             indexer.stage = stage
@@ -234,12 +236,12 @@ def _build_engrams(config: ModelConfig) -> dict[int, Engram]:
 
 
 def _fp32_modules(block: Block) -> list[nn.Module]:
-    """Modules of a block whose small parameters decide much: sites, indexer's norm, and router."""
+    """Modules of a block whose few parameters decide much: sites, sink, pooling, and router."""
     attention = [
         module
-        for indexer in block.modules()
-        if isinstance(indexer, TrainedIndexer)
-        for module in indexer.fp32_modules()
+        for owner in block.modules()
+        if isinstance(owner, HybridAttention | TrainedIndexer)
+        for module in owner.fp32_modules()
     ]
     routers = [block.ffn.router] if isinstance(block.ffn, MoeLayer) else []
     modules = [block.attention_site, *attention, block.ffn_site, *routers]

@@ -28,12 +28,15 @@ from tests.unit.train.model.images import (
     photograph,
 )
 from tests.unit.train.model.tiny import FULL, build, packed, relative_error, with_changes
+from train.model.attention.config import CompressedConfig
 from train.model.initialize import parameter_init
 from train.model.multimodal.config import VisionConfig
 from train.model.multimodal.encoder import attend_within_frames
 from train.model.multimodal.placeholders import check_images
 from train.model.multimodal.tower import VisionTower
 from train.model.transformer import Transformer
+
+HYBRID = CompressedConfig(rope_head_dim=FULL.mla.qk_rope_head_dim)
 
 
 def tower(config: VisionConfig, hidden: int = 12) -> VisionTower:
@@ -203,10 +206,10 @@ def test_the_memory_looks_back_over_text_only() -> None:
     assert not torch.equal(rows[:, 3], text[:, 3])
 
 
-@pytest.mark.parametrize("attention", ["mla", "dsa"])
+@pytest.mark.parametrize("attention", ["mla", "dsa", "v4_hybrid"])
 def test_attention_turns_by_the_positions_on_all_axes(attention: str) -> None:
     """Exchanging t and w moves what sees the picture, and nothing else."""
-    model = build(with_changes(SEEING, attention=attention), noise=0.1)
+    model = build(with_changes(SEEING, attention=attention, compressed=HYBRID), noise=0.1)
     batch = picture_batch()
     assert batch.vision is not None
     turned = replace(batch.vision, rope_positions=batch.vision.rope_positions.flip(-1))
@@ -239,10 +242,11 @@ def test_without_pictures_every_weight_of_the_tower_has_a_zero_gradient(dtype: t
         assert not parameter.grad.any(), name
 
 
-@pytest.mark.parametrize("attention", ["mla", "dsa"])
+@pytest.mark.parametrize("attention", ["mla", "dsa", "v4_hybrid"])
 def test_text_is_computed_as_without_vision_bit_by_bit(attention: str) -> None:
     seeing, plain = (
-        build(with_changes(config, attention=attention), seed=3) for config in (SEEING_FULL, FULL)
+        build(with_changes(config, attention=attention, compressed=HYBRID), seed=3)
+        for config in (SEEING_FULL, FULL)
     )
     shared = {n: p for n, p in seeing.named_parameters() if not n.startswith("vision.")}
     assert shared.keys() == {n for n, _ in plain.named_parameters()}
