@@ -9,6 +9,8 @@ from jaxtyping import Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
+from data.vision import VisionInput
+
 IGNORED_LABEL = -100
 """Label of a position that predicts nothing; the default of torch's cross entropy."""
 
@@ -25,6 +27,8 @@ class Batch:
     """From 0 in each piece of a document."""
     document_ids: Int64[Tensor, "sequences sequence_length"]
     """0, 1, 2, ... within a sequence."""
+    vision: VisionInput | None = None
+    """What the placeholders among `input_ids` stand for; None for text."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -233,10 +233,9 @@ def _finish(composed: DictConfig, problems: list[str], nproc: int | None = None)
         raise RecipeError([*problems, _first_line(error)]) from error
     problems += [f"{key}: missing; type {key}=VALUE" for key in missing]
     config, wrong = schema.check(_without_missing(plain))
-    problems += wrong
-    if config is not None:
-        problems += validate(config, nproc=nproc)
-    if problems or config is None:
+    problems += wrong.values()
+    problems += validate(config, nproc=nproc, known_wrong=wrong)
+    if problems:
         raise RecipeError(list(dict.fromkeys(problems)))
     return config
 

@@ -1,9 +1,11 @@
 """The rank processes of this node: start, ask to stop, kill, and tell why one failed.
 
-`launch.local` drives these. A rank gets the environment that torchrun would give it, so
-`torchrun -m train.run RUN_DIR` starts the same ranks. Plain subprocesses in place of torch's
-elastic agent: the agent turns every exit code into 1, stops ranks with its own deadline of 30 s,
-and costs the launcher an import of torch.
+`launch.local` drives these. A rank gets the environment that torchrun would give it, and
+`torchrun -m train.run RUN_DIR` starts the same ranks: a test compares the two runs bit by bit.
+Ours are plain subprocesses instead, because of what torch's elastic agent does on one node: it
+turns every exit code into 1, so that a stop with a checkpoint looks like a crash; it dies of
+SIGUSR1 and leaves the ranks behind; it takes an exit with 85 for a failure and stops the others
+with a deadline of its own; stdout and stderr get two logs; and it costs an import of torch.
 """
 
 import json

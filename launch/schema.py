@@ -5,7 +5,7 @@ turned into the project's form, `path=value: rule; what to type instead`.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import MISSING as DATACLASS_MISSING
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
@@ -30,12 +30,38 @@ def defaults() -> dict[str, Any]:
     return to_plain(RunConfig(name=MISSING))
 
 
-def check(values: dict[str, Any]) -> tuple[RunConfig | None, list[str]]:
-    """The typed recipe, or None and everything that is wrong with the values."""
-    try:
-        return from_plain(values), []
-    except ValidationError as error:
-        return None, [_problem(details) for details in error.errors(include_url=False)]
+def check(values: dict[str, Any]) -> tuple[RunConfig, dict[str, str]]:
+    """The typed recipe, and what is wrong with the values: path -> problem.
+
+    A wrong value counts as its default in the recipe, so that the other values can be checked
+    further.
+    """
+    problems: dict[str, str] = {}
+    while True:
+        try:
+            return from_plain(values), problems
+        except ValidationError as error:
+            wrong = {_path(details): _problem(details) for details in error.errors()}
+        problems = wrong | problems
+        values = without(values, wrong)
+
+
+def without(values: dict[str, Any], paths: Iterable[str]) -> dict[str, Any]:
+    """A copy of nested plain values that leaves the keys at `paths` to their defaults.
+
+    An entry that a user named has no default and goes as a whole.
+    """
+    copy: dict[str, Any] = json.loads(json.dumps(values))
+    for path in paths:
+        parts = path.partition("[")[0].split(".")
+        named = [".".join(parts[:depth]) for depth in range(1, len(parts))]
+        parts = next((entry.split(".") for entry in named if is_entry(entry)), parts)
+        node: Any = copy
+        for part in parts[:-1]:
+            node = node.get(part) if isinstance(node, dict) else None
+        if isinstance(node, dict):
+            node.pop(parts[-1], None)
+    return {"name": "recipe"} | copy
 
 
 def misshapen(values: dict[Any, Any], prefix: str = "") -> list[str]:
@@ -138,11 +164,15 @@ def _nearest_keys(path: str, parent: object, above: list[str]) -> str:
     return f"{place or 'a recipe'} has " + (", ".join(siblings.values()) or "no keys below it")
 
 
+def _path(details: ErrorDetails) -> str:
+    """Where pydantic found something, as in an override."""
+    parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in details["loc"]]
+    return "".join(parts).removeprefix(".")
+
+
 def _problem(details: ErrorDetails) -> str:
     """One finding of pydantic in the project's form."""
-    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in details["loc"])
-    path = path.removeprefix(".")
-    kind, value = details["type"], details["input"]
+    path, kind, value = _path(details), details["type"], details["input"]
     shown = f'"{value}"' if isinstance(value, str) and _looks_like_number(value) else show(value)
     if kind in ("unexpected_keyword_argument", "unexpected_property"):
         return f"{path}={show(value)}: {unknown_key(path)}"

@@ -6,13 +6,15 @@ that work. What is not implemented yet is refused here by name. No torch.
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from launch.schema import without
 from parallel.layout import ParallelLayout
 from train.config import RunConfig
 from train.model.rules import violations
+from train.recipe import from_plain, to_plain
 
 Problems = Iterator[str]
 Rule = Callable[[RunConfig], Problems]
@@ -21,7 +23,9 @@ _MAY_BE_ZERO = {
     "model.num_dense_layers",
     "model.moe.num_shared_experts",
     "model.engram.seed",
+    "model.engram.conv_kernel_size",
     "model.engram.pad_token_id",
+    "model.vision.placeholder_token_id",
     "model.mtp_depth",
     "data.prefetch_batches",
     "optim.weight_decay",
@@ -46,20 +50,35 @@ _BELOW_ONE = ("optim.beta1", "optim.beta2")
 _AT_MOST_ONE = ("optim.final_fraction", "optim.decay_fraction")
 
 
-def validate(config: RunConfig, *, nproc: int | None = None) -> list[str]:
+def validate(
+    config: RunConfig, *, nproc: int | None = None, known_wrong: Iterable[str] = ()
+) -> list[str]:
     """Everything that is wrong with a typed recipe, each `path=value: rule; what to type instead`.
 
     Args:
         config: the recipe.
         nproc: number of ranks that are going to be started, if the user said so.
+        known_wrong: paths that were found wrong before and stand at their defaults in `config`;
+            what follows from those is not reported.
     """
-    ranges = list(_ranges(config))
-    if ranges:
-        return ranges  # the rules below divide by these numbers
-    problems = [problem for rule in _RULES for problem in rule(config)]
+    out_of_range = dict(_ranges(config))
+    wrong = {*known_wrong, *out_of_range}
+    if out_of_range:
+        # The rules below divide by these numbers.
+        config = from_plain(without(to_plain(config), out_of_range))
+    found = [problem for rule in _RULES for problem in rule(config)]
     if nproc is not None:
-        problems += _number_of_processes(config, nproc)
-    return problems
+        found += _number_of_processes(config, nproc)
+    return [*out_of_range.values(), *(line for line in found if not _follows(line, wrong))]
+
+
+def _follows(problem: str, wrong: set[str]) -> bool:
+    """Whether a problem may be due to a wrong value: a rule names every value that it compares.
+
+    Products of axes name them by one word.
+    """
+    axes = re.findall(r"parallel\.(\w+)_parallel_size", " ".join(wrong))
+    return not wrong.union(axes).isdisjoint(re.findall(r"[\w.]+", problem))
 
 
 def world_size(config: RunConfig) -> int:
@@ -67,20 +86,20 @@ def world_size(config: RunConfig) -> int:
     return ParallelLayout.from_config(config.parallel).world_size
 
 
-def _ranges(config: RunConfig) -> Problems:
-    """Every number is finite and positive, or may be zero; some are fractions."""
+def _ranges(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """Path and problem: numbers are finite and positive, or may be zero; some are fractions."""
     for path, value in _numbers(config):
         if not math.isfinite(value):
-            yield f"{path}={value}: must be finite"
+            yield path, f"{path}={value}: must be finite"
         elif value < 0 and path in _MAY_BE_ZERO:
-            yield f"{path}={value}: must not be negative; use {path}=0 or more"
+            yield path, f"{path}={value}: must not be negative; use {path}=0 or more"
         elif value <= 0 and path not in _MAY_BE_ZERO:
             example = f"use {path}=1 or more" if isinstance(value, int) else "use more than 0"
-            yield f"{path}={value}: must be positive; {example}"
+            yield path, f"{path}={value}: must be positive; {example}"
         elif path in _BELOW_ONE and value >= 1:
-            yield f"{path}={value}: must be below 1; for example {path}=0.9"
+            yield path, f"{path}={value}: must be below 1; for example {path}=0.9"
         elif path in _AT_MOST_ONE and value > 1:
-            yield f"{path}={value}: is a fraction; use a value from 0 to 1"
+            yield path, f"{path}={value}: is a fraction; use a value from 0 to 1"
 
 
 def _numbers(node: object, prefix: str = "") -> Iterator[tuple[str, int | float]]:

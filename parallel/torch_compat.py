@@ -24,3 +24,14 @@ def init_fake_process_group(rank: int, world_size: int) -> None:
     from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: PLC0415 - registers the backend
 
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+
+
+def find_cpp_compiler() -> str | None:
+    """The C++ compiler that `torch.compile` uses on the CPU ($CXX, else g++); None without one."""
+    from torch._inductor.cpp_builder import get_cpp_compiler  # noqa: PLC0415 - a slow import
+    from torch._inductor.exc import InvalidCxxCompiler  # noqa: PLC0415
+
+    try:
+        return get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return None

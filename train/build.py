@@ -1,6 +1,7 @@
 """Everything put together: from a recipe to a sharded model and its optimizer on this rank."""
 
 import os
+import platform
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,9 @@ from parallel.backend.select import select_backend
 from parallel.initialize import fill_parameters
 from parallel.layout import ParallelLayout
 from parallel.mesh import Meshes, build_mesh
+from parallel.torch_compat import find_cpp_compiler
 from train.config import RunConfig
+from train.model.config import ModelConfig
 from train.model.engram_hash import compress_vocabulary
 from train.model.initialize import fill_buffers, parameter_init
 from train.model.transformer import Transformer
@@ -67,8 +70,8 @@ def build(config: RunConfig) -> Training:
     whose values depend on the seed and the parameter's name, not on the layout.
 
     Raises:
-        ValueError: the layout does not fit the number of ranks that were started, or the model's
-            vocabulary not the corpus.
+        ValueError: the layout does not fit the number of ranks that were started, the model's
+            vocabulary not the corpus, or the model's compiled parts not this machine.
     """
     if (tokens := vocab_size(config.data)) > config.model.vocab_size:
         raise ValueError(
@@ -84,6 +87,7 @@ def build(config: RunConfig) -> Training:
             f"started; start {layout.world_size}"
         )
     device = backend.device(int(os.environ["LOCAL_RANK"]))
+    check_compiler(config.model, device)
     backend.set_device(device)
     backend.init_process_group(config.parallel.timeout_seconds)
     backend.manual_seed(config.train.seed)
@@ -101,6 +105,20 @@ def build(config: RunConfig) -> Training:
         optimizer=build_adamw(groups, config.optim),
         data_rank=layout.data_rank(dist.get_rank()),
     )
+
+
+def check_compiler(model: ModelConfig, device: torch.device) -> None:
+    """Refuse compiled passes over the streams where nothing can compile them.
+
+    Raises:
+        ValueError: the model needs a C++ compiler, and this node has none.
+    """
+    needed = model.hyper_connection.compile and model.residual != "plain" and device.type == "cpu"
+    if needed and find_cpp_compiler() is None:
+        raise ValueError(
+            f"model.hyper_connection.compile=true: {platform.node()} has no C++ compiler (looked "
+            "for $CXX, else g++); install g++ or use model.hyper_connection.compile=false"
+        )
 
 
 def build_model(

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from data.loader import build_loader
 from train.build import Training
 from train.metrics import Record
+from train.model.multimodal.placeholders import check_images
 from train.step import split, token_losses
 
 
@@ -30,6 +31,7 @@ def evaluate(training: Training) -> Record:
         data_size=config.parallel.data_parallel_size,
     )
     batch, _ = next(loader)
+    check_images(config.model.vision, batch.input_ids, batch.labels, batch.vision)
     training.model.eval()
     sums = torch.zeros(2, dtype=training.sum_dtype, device=training.device)
     for part in split(batch, config.train.micro_batch_size):

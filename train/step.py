@@ -19,6 +19,7 @@ from parallel.gradients import clip_by_global_norm
 from train.build import Training
 from train.metrics import Record
 from train.model.mtp import mtp_labels
+from train.model.multimodal.placeholders import check_images
 from train.monitor.indexer import indexer_metrics
 from train.monitor.routing import routing_metrics
 from train.optim.groups import set_learning_rate
@@ -32,10 +33,13 @@ def train_step(training: Training, batch: Batch, step: int) -> Record:
         Global values of the step, the same on every rank.
 
     Raises:
+        ValueError: the images of the batch do not fit its tokens or the model; on this rank, before
+            it communicates.
         FloatingPointError: loss or gradient norm is not finite; on all ranks alike, and before the
             parameters change.
     """
     config, model = training.config, training.model
+    check_images(config.model.vision, batch.input_ids, batch.labels, batch.vision)
     model.train()
     valid, tokens = count_labels(training, batch)
     set_loss_scales(training, tokens)
@@ -77,6 +81,7 @@ def split(batch: Batch, size: int) -> list[Batch]:
             labels=batch.labels[rows],
             position_ids=batch.position_ids[rows],
             document_ids=batch.document_ids[rows],
+            vision=None if batch.vision is None else batch.vision.select(rows),
         )
         for rows in (slice(i, i + size) for i in range(0, len(batch.labels), size))
     ]
@@ -86,7 +91,8 @@ def token_losses(training: Training, part: Batch) -> Float[Tensor, "2"]:
     """Summed cross-entropy of one microbatch: next token, and the token after it (0 without MTP)."""
     move = training.device
     labels, documents = part.labels.to(move), part.document_ids.to(move)
-    output = training.model(part.input_ids.to(move), part.position_ids.to(move), documents)
+    images = None if part.vision is None else part.vision.to(move)
+    output = training.model(part.input_ids.to(move), part.position_ids.to(move), documents, images)
     main = summed_cross_entropy(output.logits, labels)
     mtp = torch.zeros_like(main)
     for logits in output.mtp_logits:

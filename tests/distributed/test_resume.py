@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -139,4 +140,17 @@ def test_sigterm_saves_one_step_on_all_ranks_and_resume_is_bitwise_the_same_run(
     assert (run_dir / f"checkpoints/step-{last:08d}/checkpoint.json").exists()
     assert last < STEPS
     finish(mneme("resume", str(run_dir)), 0)
+    assert_same_run(run_dir, uninterrupted, tmp_path)
+
+
+def test_torchs_own_launcher_runs_the_same_ranks(uninterrupted: Path, tmp_path: Path) -> None:
+    """A cluster that starts ranks with torchrun gets the same run."""
+    run_dir = tmp_path / "torchrun"
+    run_dir.mkdir()
+    shutil.copy(uninterrupted / "recipe.yaml", run_dir / "recipe.yaml")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [*torchrun, "-m", "train.run", str(run_dir)], check=True, timeout=60, env=environment
+    )
     assert_same_run(run_dir, uninterrupted, tmp_path)

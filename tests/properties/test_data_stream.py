@@ -5,6 +5,7 @@ import tempfile
 from collections import defaultdict
 from itertools import count, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,10 +46,12 @@ def global_batches(
         items = list(islice(loader, steps))
         parts.append([batch for batch, _ in items])
         merged |= items[-1][1]
-    return [
-        Batch(**{f: torch.cat([getattr(part, f) for part in step]) for f in _FIELDS})
-        for step in zip(*parts, strict=True)
-    ], merged
+    return [_joined(step) for step in zip(*parts, strict=True)], merged
+
+
+def _joined(parts: tuple[Batch, ...]) -> Batch:
+    fields: dict[str, Any] = {f: torch.cat([getattr(part, f) for part in parts]) for f in _FIELDS}
+    return Batch(**fields)
 
 
 @settings(deadline=None, max_examples=20)

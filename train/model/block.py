@@ -1,8 +1,9 @@
 """One transformer block: memory, attention, feed-forward; called by `transformer` and `mtp`."""
 
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 
+from train.model.attention.compressed import HybridAttention
 from train.model.attention.dsa import SparseLatentAttention
 from train.model.attention.mla import MultiHeadLatentAttention
 from train.model.config import ModelConfig
@@ -11,6 +12,7 @@ from train.model.ffn import FeedForward
 from train.model.moe.layer import MoeLayer
 from train.model.norm import RMSNorm
 from train.model.residual import build_site
+from train.model.streams import Streams
 
 
 class Block(nn.Module):
@@ -27,7 +29,7 @@ class Block(nn.Module):
         self.engram = engram
         self.attention_site = build_site(config, 2 * layer_index)
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = build_attention(config)
+        self.attention = build_attention(config, layer_index)
         self.ffn_site = build_site(config, 2 * layer_index + 1)
         self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.ffn: FeedForward | MoeLayer
@@ -40,22 +42,40 @@ class Block(nn.Module):
 
     def forward(
         self,
-        stream: Float[Tensor, "batch seq streams hidden"],
+        streams: Streams,
         input_ids: Int[Tensor, "batch seq"],
         position_ids: Int[Tensor, "batch seq"],
         document_ids: Int[Tensor, "batch seq"],
-    ) -> Float[Tensor, "batch seq streams hidden"]:
-        """Transform the streams; `input_ids` are what the memory is looked up by."""
+        *,
+        pair_positions: Int[Tensor, "batch seq pairs"] | None = None,
+    ) -> Streams:
+        """Transform the streams.
+
+        Args:
+            streams: residual streams.
+            input_ids: what the memory is looked up by.
+            position_ids: place of each token in its document.
+            document_ids: document of each token.
+            pair_positions: what each rotary pair turns by where that is not the place in the
+                document, see `axis_positions`; None for text.
+        """
         if self.engram is not None:
-            stream = self.engram(stream, input_ids, document_ids)
-        hidden, maps = self.attention_site(stream)
-        output = self.attention(self.attention_norm(hidden), position_ids, document_ids)
-        stream = self.attention_site.write(output, maps)
-        hidden, maps = self.ffn_site(stream)
+            streams = streams._replace(x=self.engram(streams.x, input_ids, document_ids))
+        hidden, maps = self.attention_site(streams)
+        normalised = self.attention_norm(hidden)
+        output = self.attention(
+            normalised, position_ids, document_ids, pair_positions=pair_positions
+        )
+        streams = self.attention_site.write(output, maps)
+        hidden, maps = self.ffn_site(streams)
         return self.ffn_site.write(self.ffn(self.ffn_norm(hidden)), maps)
 
 
-def build_attention(config: ModelConfig) -> MultiHeadLatentAttention:
-    """The attention that the configuration names."""
+def build_attention(
+    config: ModelConfig, layer_index: int
+) -> MultiHeadLatentAttention | HybridAttention:
+    """The attention that the configuration names for a layer."""
+    if config.attention == "v4_hybrid":
+        return HybridAttention(config, layer_index)
     kinds = {"mla": MultiHeadLatentAttention, "dsa": SparseLatentAttention}
     return kinds[config.attention](config)

@@ -5,15 +5,18 @@ from typing import ClassVar, Literal
 
 from pydantic import ConfigDict
 
-from train.model.attention.config import AttentionKind, IndexerConfig, MlaConfig
+from train.model.attention.config import AttentionKind, CompressedConfig, IndexerConfig, MlaConfig
 from train.model.moe.config import MoeConfig, RouterKind
+from train.model.multimodal.config import VisionConfig
 
-ResidualKind = Literal["plain", "hc", "mhc"]
+ResidualKind = Literal["plain", "hc", "mhc", "mhc_single_pass"]
+ReadOutKind = Literal["mean", "gated"]
+MtpKind = Literal["v3", "v4"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HyperConnectionConfig:
-    """Residual streams of `residual: hc` and `residual: mhc`; unused by `plain`."""
+    """Residual streams of `residual: hc`, `mhc` and `mhc_single_pass`; unused by `plain`."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
@@ -21,10 +24,17 @@ class HyperConnectionConfig:
     """Parallel residual streams n."""
     sinkhorn_iterations: int = 20
     """Column+row passes that make the residual map of mHC doubly stochastic (t_max)."""
+    read_out: ReadOutKind = "mean"
+    """How the streams become one hidden state after the last block. mean: their mean; gated: by a
+    learned gate for each stream (V4)."""
+    compile: bool = False
+    """Compile the passes over the streams with torch.compile, one loop each; false: PyTorch's own
+    operations, which make more passes. On the CPU it needs a C++ compiler on every node."""
     gate_init: float = 0.01
-    """Initial alpha, the weight of the input-dependent part of each map."""
+    """Initial alpha, the weight of the input-dependent part of each map and read-out gate."""
     phi_init_std: float = 0.02
-    """mHC: standard deviation of the projections that produce the maps (unpublished; our choice)."""
+    """mHC and gated read-out: standard deviation of the projections that produce the maps
+    (unpublished; our choice)."""
     residual_bias_init: float = 6.0
     """mHC: initial diagonal c of the residual map's logits; Sinkhorn of c*I is close to I."""
 
@@ -46,7 +56,8 @@ class EngramConfig:
     head_dim: int = 16
     """Width of one row. The memory's width is orders x heads x head_dim."""
     conv_kernel_size: int = 4
-    """Taps of the causal depthwise convolution on the output, dilated by the highest order."""
+    """Taps of the causal depthwise convolution on the output, dilated by the highest order; 0: no
+    convolution (V4.1)."""
     seed: int = 0
     """Seed of the hash multipliers."""
     pad_token_id: int = 2
@@ -74,17 +85,24 @@ class ModelConfig:
     attention: AttentionKind = "mla"
     """Attention of every block."""
     mla: MlaConfig = field(default_factory=MlaConfig)
+    compressed: CompressedConfig = field(default_factory=CompressedConfig)
     indexer: IndexerConfig = field(default_factory=IndexerConfig)
     residual: ResidualKind = "mhc"
-    """plain: pre-norm residual; hc: unconstrained hyper-connections; mhc: manifold-constrained."""
+    """plain: pre-norm residual; hc: unconstrained hyper-connections; mhc: manifold-constrained (V4);
+    mhc_single_pass: mhc that reads by the coefficients of the site before (V4.1)."""
     hyper_connection: HyperConnectionConfig = field(default_factory=HyperConnectionConfig)
     router: RouterKind = "sigmoid"
     """Scoring of the experts."""
     moe: MoeConfig = field(default_factory=MoeConfig)
     engram: EngramConfig | None = None
     """Conditional memory; null trains without."""
+    vision: VisionConfig | None = None
+    """Images and video as input; null takes text only."""
     mtp_depth: int = 0
     """Tokens beyond the next that are predicted by extra blocks (V3 section 2.2); 0 or 1."""
+    mtp_kind: MtpKind = "v3"
+    """v3: the read-out of the streams, beside the next token's embedding, enters the extra block (V3
+    eq. 21); v4: every stream enters, plus the embedding, and the block has a read-out of its own."""
     mtp_loss_weight: float = 0.3
     """lambda of the multi-token-prediction loss."""
     swiglu_limit: float | None = 10.0

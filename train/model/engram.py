@@ -42,7 +42,8 @@ class Engram(nn.Module):
         s_m = RMSNorm(x_m) . RMSNorm(k_m) / sqrt(C)            gate_m = sigmoid(sign(s) sqrt(|s|))
 
     One table and one W_V serve all streams; each has its own W_K and norms (section 2.4). The
-    convolution is causal, depthwise, dilated by the highest order, and stops at document starts.
+    convolution is causal, depthwise, dilated by the highest order, and stops at document starts;
+    V4.1 has none (`conv_kernel_size: 0`). `dead_token_id` is that of `NgramHash`.
 
     `lookup` replaces the rank's own table by another source of rows, such as a sharded one.
 
@@ -61,19 +62,22 @@ class Engram(nn.Module):
         hidden_size: int,
         streams: int,
         eps: float,
+        dead_token_id: int | None = None,
     ) -> None:
         super().__init__()
         memory_size = len(config.ngram_orders) * config.num_heads * config.head_dim
         self.eps, self.dilation = eps, max(config.ngram_orders)
-        self.hash = NgramHash(config, geometry, vocab_size)
+        self.hash = NgramHash(config, geometry, vocab_size, dead_token_id)
         self.table = EngramTable(geometry.num_rows, config.head_dim)
         self.lookup: Lookup | None = None
         self.value = nn.Linear(memory_size, hidden_size, bias=False)
         self.key = nn.Linear(memory_size, streams * hidden_size, bias=False)
         self.query_norm = nn.Parameter(torch.empty(streams, hidden_size))
         self.key_norm = nn.Parameter(torch.empty(streams, hidden_size))
-        self.conv_norm = nn.Parameter(torch.empty(streams, hidden_size))
-        self.conv = nn.Parameter(torch.empty(config.conv_kernel_size, streams, hidden_size))
+        self.conv_norm, self.conv = None, None
+        if taps := config.conv_kernel_size:
+            self.conv_norm = nn.Parameter(torch.empty(streams, hidden_size))
+            self.conv = nn.Parameter(torch.empty(taps, streams, hidden_size))
         self.gate_mean: Float[Tensor, ""] | None = None
         """Mean gate of the latest forward pass, for logging."""
 
@@ -89,10 +93,12 @@ class Engram(nn.Module):
         gate = self._gate(stream, self.key(memory).unflatten(-1, stream.shape[2:]))
         self.gate_mean = gate.detach().mean()
         update = gate.unsqueeze(-1) * self.value(memory).unsqueeze(2)
+        result: Tensor = stream + update
+        if self.conv is None or self.conv_norm is None:
+            return result
         normalised = self._normalise(update, self.conv_norm)
         conv = causal_depthwise_conv(normalised, self.conv, document_ids, self.dilation)
-        result: Tensor = stream + update + F.silu(conv)
-        return result
+        return result + F.silu(conv)
 
     def _gate(
         self,

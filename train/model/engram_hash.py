@@ -97,6 +97,10 @@ class NgramHash(nn.Module):
     (x_{t-n+1} m_{n-1}); head k reads row `offset + mix mod prime`. All heads of an order share the
     mix. Places before the start of the document hold the pad token.
 
+    Tokens that stand for something else than text, such as image patches, are dead (V4.1): the
+    look-back stops at them, and the pad token stands there and further back. A dead token itself
+    is hashed as a pad with nothing before it, so all dead tokens read the same rows.
+
     `token_map` compresses token ids (see `compress_vocabulary`); it starts as the identity. The
     multipliers depend on how many ids are left, as in the released code.
     """
@@ -106,8 +110,15 @@ class NgramHash(nn.Module):
     moduli: Tensor
     offsets: Tensor
 
-    def __init__(self, config: EngramConfig, geometry: HashGeometry, vocab_size: int) -> None:
+    def __init__(
+        self,
+        config: EngramConfig,
+        geometry: HashGeometry,
+        vocab_size: int,
+        dead_token_id: int | None = None,
+    ) -> None:
         super().__init__()
+        self.dead_token_id = dead_token_id
         self.config = config
         self.orders, self.num_heads = config.ngram_orders, config.num_heads
         self.pad_token_id, self.geometry = config.pad_token_id, geometry
@@ -156,10 +167,16 @@ class NgramHash(nn.Module):
         """Rows of the flat table, columns ordered by n-gram order, then head."""
         tokens = self.token_map[input_ids]
         pad = self.token_map[self.pad_token_id]
+        spans = document_ids.unsqueeze(-1)
+        if self.dead_token_id is not None:
+            dead = input_ids == self.dead_token_id
+            tokens = torch.where(dead, pad, tokens)
+            # The count changes at each dead token, so no look-back crosses one or starts at one.
+            spans = torch.stack([document_ids, dead.cumsum(1)], dim=-1)
         mix = tokens * self.multipliers[0]
         mixes = []
         for back in range(1, max(self.orders)):
-            earlier = _look_back(tokens, document_ids, back, pad)
+            earlier = _look_back(tokens, spans, back, pad)
             mix = mix ^ (earlier * self.multipliers[back])
             mixes.append(mix)
         mixed = torch.stack(mixes, dim=-1).repeat_interleave(self.num_heads, dim=-1)
@@ -168,13 +185,13 @@ class NgramHash(nn.Module):
 
 def _look_back(
     tokens: Int[Tensor, "batch seq"],
-    document_ids: Int[Tensor, "batch seq"],
+    spans: Int[Tensor, "batch seq marks"],
     back: int,
     pad: Int[Tensor, ""],
 ) -> Int[Tensor, "batch seq"]:
-    """The token `back` places earlier, or `pad` where that is another document or nothing."""
+    """The token `back` places earlier, or `pad` where that has other marks or is nothing."""
     shifted = pad.expand_as(tokens).clone()
-    same = document_ids[:, back:] == document_ids[:, :-back]
+    same = (spans[:, back:] == spans[:, :-back]).all(-1)
     shifted[:, back:] = torch.where(same, tokens[:, :-back], pad)
     return shifted
 

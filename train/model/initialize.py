@@ -11,14 +11,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from parallel.initialize import Init
-from train.model.config import ModelConfig
+from train.model.attention.compressed import AttentionSink
+from train.model.attention.compressor import SlotPool
+from train.model.config import HyperConnectionConfig, ModelConfig
 from train.model.embedding import OutputHead, TokenEmbedding
 from train.model.engram import Engram, EngramTable
 from train.model.engram_hash import NgramHash
+from train.model.hyper_connection import GatedReadOut, HyperConnection, ManifoldHyperConnection
 from train.model.moe.experts import Experts
 from train.model.moe.router import Router
 from train.model.norm import RMSNorm
-from train.model.residual import HyperConnection, ManifoldHyperConnection
 from train.model.transformer import Transformer
 
 
@@ -47,7 +49,6 @@ def fill_buffers(model: nn.Module) -> None:
 
 def _own_init(module: nn.Module, config: ModelConfig) -> dict[str, Init]:
     """Rules for the parameters that `module` itself holds."""
-    connection = config.hyper_connection
     normal, one, zero = (
         Init.normal(config.initializer_range),
         Init.constant(1.0),
@@ -59,23 +60,39 @@ def _own_init(module: nn.Module, config: ModelConfig) -> dict[str, Init]:
             rules = {"weight": one}
         case nn.Linear() | TokenEmbedding() | OutputHead() | Router():
             rules = {"weight": normal}
+        case AttentionSink() | SlotPool():
+            rules = {"logits": zero}
         case nn.LayerNorm():
             rules = {"weight": one, "bias": zero}
         case EngramTable():
             rules = {"weight": zero}
         case Experts():
             rules = {"gate_up": normal, "down": normal}
-        case HyperConnection():
-            bias = hc_bias(connection.num_streams, module.site_index)
-            rules = {"theta": zero, "bias": Init.explicit(bias)}
-            rules["alpha"] = Init.constant(connection.gate_init)
-        case ManifoldHyperConnection():
-            bias = mhc_bias(connection.num_streams, connection.residual_bias_init)
-            rules = {"phi": Init.normal(connection.phi_init_std), "bias": Init.explicit(bias)}
-            rules["alpha"] = Init.constant(connection.gate_init)
+        case HyperConnection() | ManifoldHyperConnection() | GatedReadOut():
+            rules = _connection_init(module, config.hyper_connection)
         case Engram():
-            rules = {"query_norm": one, "key_norm": one, "conv_norm": one, "conv": zero}
+            rules = {"query_norm": one, "key_norm": one}
+            if module.conv is not None:
+                rules |= {"conv_norm": one, "conv": zero}
     return rules
+
+
+def _connection_init(
+    module: HyperConnection | ManifoldHyperConnection | GatedReadOut, config: HyperConnectionConfig
+) -> dict[str, Init]:
+    """Rules for the maps between streams."""
+    streams, phi = config.num_streams, Init.normal(config.phi_init_std)
+    match module:
+        case HyperConnection():
+            rules = {"theta": Init.constant(0.0)}
+            bias = hc_bias(streams, module.site_index)
+        case ManifoldHyperConnection():
+            rules = {"phi": phi}
+            bias = mhc_bias(streams, config.residual_bias_init)
+        case GatedReadOut():
+            rules = {"phi": phi}
+            bias = mean_gate_bias(streams)
+    return rules | {"alpha": Init.constant(config.gate_init), "bias": Init.explicit(bias)}
 
 
 def hc_bias(streams: int, site_index: int) -> Float[Tensor, "maps"]:
@@ -87,5 +104,10 @@ def hc_bias(streams: int, site_index: int) -> Float[Tensor, "maps"]:
 
 def mhc_bias(streams: int, diagonal: float) -> Float[Tensor, "maps"]:
     """Logits of mHC's static maps: read the mean (1/n each), write 1, mix Sinkhorn(exp(c I))."""
-    pre = torch.full((streams,), -math.log(streams - 1))
+    pre = mean_gate_bias(streams)
     return torch.cat([pre, torch.zeros(streams), diagonal * torch.eye(streams).flatten()])
+
+
+def mean_gate_bias(streams: int) -> Float[Tensor, "streams"]:
+    """Logits of gates 1/n each: a sum of streams by these is their mean."""
+    return torch.full((streams,), -math.log(streams - 1))

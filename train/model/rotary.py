@@ -4,6 +4,7 @@ Real arithmetic in fp32: complex numbers and fp64 do not exist on every accelera
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -13,7 +14,7 @@ from train.model.attention.config import YarnConfig
 
 
 def rotary_tables(
-    position_ids: Int[Tensor, "batch seq"],
+    position_ids: Int[Tensor, "batch seq *pairs"],
     width: int,
     theta: float,
     yarn: YarnConfig | None = None,
@@ -21,7 +22,8 @@ def rotary_tables(
     """Cosine and sine of `position * theta^(-2i/width)` for each pair i (arXiv 2104.09864, eq. 15).
 
     Args:
-        position_ids: position of each token within its document.
+        position_ids: position of each token within its document; or one for each pair of its
+            channels, see `axis_positions`.
         width: number of rotated channels, even.
         theta: base of the frequencies.
         yarn: extension of the context. It changes the frequencies and scales both tables by
@@ -33,10 +35,11 @@ def rotary_tables(
     """
     exponents = torch.arange(0, width, 2, device=position_ids.device, dtype=torch.float32) / width
     frequencies = theta**-exponents
+    positions = position_ids if position_ids.ndim == 3 else position_ids.unsqueeze(-1)
     if yarn is None:
-        angles = position_ids[..., None].float() * frequencies
+        angles = positions.float() * frequencies
         return angles.cos(), angles.sin()
-    angles = position_ids[..., None].float() * stretch(frequencies, theta, yarn)
+    angles = positions.float() * stretch(frequencies, theta, yarn)
     scale = _temperature(yarn, yarn.mscale) / _temperature(yarn, yarn.mscale_all_dim)
     return angles.cos() * scale, angles.sin() * scale
 
@@ -77,6 +80,27 @@ def _temperature(yarn: YarnConfig, mscale: float) -> float:
     return 0.1 * mscale * math.log(yarn.factor) + 1.0
 
 
+def axis_positions(
+    positions: Int[Tensor, "batch seq axes"], sections: Sequence[int]
+) -> Int[Tensor, "batch seq pairs"]:
+    """Position by which each rotary pair turns, when a token has one on each of several axes.
+
+    Pairs are dealt to the axes in turn until each has its share, so that every axis gets low and
+    high frequencies: the interleaved form of multimodal rotary embedding (Qwen3-VL, arXiv
+    2511.21631). A token with equal positions is turned as in one dimension, bit by bit.
+
+    Args:
+        positions: of each token on each axis.
+        sections: pairs of each axis.
+    """
+    left, axes = list(sections), list[int]()
+    while any(left):
+        turn = [axis for axis, pairs in enumerate(left) if pairs]
+        left = [max(0, pairs - 1) for pairs in left]
+        axes += turn
+    return positions[..., torch.tensor(axes, device=positions.device)]
+
+
 def rotate(
     x: Float[Tensor, "batch seq heads width"],
     cos: Float[Tensor, "batch seq pairs"],
@@ -103,3 +127,13 @@ def rotate_halves(
     cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
     halves = (first * cos - second * sin, first * sin + second * cos)
     return torch.cat(halves, dim=-1).to(x.dtype)
+
+
+def rotate_last(
+    x: Float[Tensor, "batch seq heads width"],
+    cos: Float[Tensor, "batch seq pairs"],
+    sin: Float[Tensor, "batch seq pairs"],
+) -> Float[Tensor, "batch seq heads width"]:
+    """`rotate` of the last channels of every head, as many as the tables have; the others stay."""
+    kept, turned = x.tensor_split([x.shape[-1] - 2 * cos.shape[-1]], dim=-1)
+    return torch.cat([kept, rotate(turned, cos, sin)], dim=-1)

@@ -5,6 +5,7 @@ One small function a rule; each yields lines `path=value: rule; what to type ins
 
 from collections.abc import Callable, Iterator
 
+from train.model.attention.config import YarnConfig
 from train.model.config import ModelConfig
 
 Problems = Iterator[str]
@@ -20,10 +21,7 @@ def violations(config: ModelConfig) -> list[str]:
 
 def _not_implemented(config: ModelConfig) -> Problems:
     """Values of the schema whose code does not exist yet."""
-    for path, value, missing, works in (
-        ("model.attention", config.attention, ("v4_hybrid",), "mla"),
-        ("model.router", config.router, ("hash",), "sigmoid"),
-    ):
+    for path, value, missing, works in (("model.router", config.router, ("hash",), "sigmoid"),):
         if value in missing:
             yield f"{path}={value}: not implemented yet; use {path}={works}"
 
@@ -35,16 +33,60 @@ def _attention(config: ModelConfig) -> Problems:
             f"model.mla.qk_rope_head_dim={width}: rotary positions turn pairs of numbers, so it "
             f"must be even; use {width - 1} or {width + 1}"
         )
-    yarn = config.mla.yarn
+    yield from _yarn("model.mla.yarn", config.mla.yarn)
+
+
+def _yarn(path: str, yarn: YarnConfig | None) -> Problems:
     if yarn is not None and yarn.factor <= 1:
         yield (
-            f"model.mla.yarn.factor={yarn.factor}: must be more than 1; for example 4, or "
-            "model.mla.yarn=null for the plain frequencies"
+            f"{path}.factor={yarn.factor}: must be more than 1; for example 4, or "
+            f"{path}=null for the plain frequencies"
         )
     if yarn is not None and yarn.beta_slow >= yarn.beta_fast:
         yield (
-            f"model.mla.yarn.beta_slow={yarn.beta_slow}: must be less than "
-            f"model.mla.yarn.beta_fast={yarn.beta_fast}; for example 1 and 32"
+            f"{path}.beta_slow={yarn.beta_slow}: must be less than "
+            f"{path}.beta_fast={yarn.beta_fast}; for example 1 and 32"
+        )
+
+
+def _compressed(config: ModelConfig) -> Problems:
+    v4, heads = config.compressed, config.num_attention_heads
+    if config.attention != "v4_hybrid":
+        return
+    if v4.csa_ratio == v4.hca_ratio:
+        yield (
+            f"model.compressed.hca_ratio={v4.hca_ratio}: must differ from csa_ratio, for the ratio "
+            "says which of the two a layer is; for example 128 beside 4"
+        )
+    blocks, given = config.num_layers + config.mtp_depth, len(v4.compress_ratios)
+    known = sorted({0, v4.csa_ratio, v4.hca_ratio})
+    if given < blocks or not set(v4.compress_ratios) <= set(known):
+        yield (
+            f"model.compressed.compress_ratios={_brackets(list(v4.compress_ratios))}: must be one of "
+            f"{', '.join(map(str, known))} for each of model.num_layers={config.num_layers} layers "
+            f"and model.mtp_depth={config.mtp_depth} MTP blocks; for example "
+            f"{_brackets(([0, v4.csa_ratio, v4.hca_ratio] * blocks)[:blocks])}"
+        )
+    widths = [("model.compressed.head_dim", v4.head_dim)]
+    if v4.csa_ratio in v4.compress_ratios[:blocks]:
+        widths.append(("model.indexer.head_dim", config.indexer.head_dim))
+    for path, width in widths:
+        if v4.rope_head_dim % 2 or v4.rope_head_dim > width:
+            yield (
+                f"model.compressed.rope_head_dim={v4.rope_head_dim}: must be even and at most "
+                f"{path}={width}; for example {max(2, width // 4 * 2)}"
+            )
+    if heads % v4.output_groups:
+        divisors = [str(count) for count in range(1, heads + 1) if heads % count == 0]
+        yield (
+            f"model.compressed.output_groups={v4.output_groups}: must divide "
+            f"model.num_attention_heads={heads}; use {', '.join(divisors)}"
+        )
+    yield from _yarn("model.compressed.yarn", v4.yarn)
+    if v4.yarn is not None and v4.yarn.mscale != v4.yarn.mscale_all_dim:
+        yield (
+            f"model.compressed.yarn.mscale={v4.yarn.mscale}: V4 scales neither tables nor scores; use "
+            f"model.compressed.yarn.mscale={v4.yarn.mscale_all_dim}, as mscale_all_dim"
         )
 
 
@@ -112,14 +154,46 @@ def _engram(config: ModelConfig) -> Problems:
         )
 
 
+def _vision(config: ModelConfig) -> Problems:
+    vision = config.vision
+    if vision is None:
+        return
+    width, key = config.mla.qk_rope_head_dim, "model.mla.qk_rope_head_dim"
+    if config.attention == "v4_hybrid":
+        width, key = config.compressed.rope_head_dim, "model.compressed.rope_head_dim"
+    sections, pairs = list(vision.rope_sections), width // 2
+    if len(sections) != 3 or min(sections) < 0 or sum(sections) != pairs:
+        third = pairs // 3
+        example = _brackets([pairs - 2 * third, third, third])
+        yield (
+            f"model.vision.rope_sections={_brackets(sections)}: must be three numbers of rotary "
+            f"pairs (t, h, w) that add up to half of {key}={width}; for example {example}"
+        )
+    if vision.placeholder_token_id >= config.vocab_size:
+        yield (
+            f"model.vision.placeholder_token_id={vision.placeholder_token_id}: not a token of "
+            f"model.vocab_size={config.vocab_size}; use 0 to {config.vocab_size - 1}"
+        )
+    encoder = vision.encoder
+    if encoder is not None and encoder.hidden_size % (4 * encoder.num_attention_heads):
+        step = 4 * encoder.num_attention_heads
+        yield (
+            f"model.vision.encoder.hidden_size={encoder.hidden_size}: each of "
+            f"{encoder.num_attention_heads} heads turns pairs of channels by row and by column, so "
+            f"it must be a multiple of {step}; use {-(-encoder.hidden_size // step) * step}"
+        )
+
+
 _RULES: list[Callable[[ModelConfig], Problems]] = [
     _not_implemented,
     _attention,
+    _compressed,
     _indexer,
     _residual,
     _experts,
     _layers,
     _engram,
+    _vision,
 ]
 
 

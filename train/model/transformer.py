@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from data.vision import VisionInput
 from parallel.apply import ModelParts
+from train.model.attention.compressed import HybridAttention
 from train.model.attention.config import IndexerStage
 from train.model.attention.trained_indexer import TrainedIndexer
 from train.model.block import Block
@@ -18,11 +20,16 @@ from train.model.config import ModelConfig
 from train.model.embedding import OutputHead, TokenEmbedding
 from train.model.engram import Engram
 from train.model.engram_hash import hash_geometries
+from train.model.hyper_connection import GatedReadOut
 from train.model.moe.layer import MoeLayer
-from train.model.mtp import MultiTokenPrediction, next_tokens
+from train.model.mtp import build_mtp, next_tokens
+from train.model.multimodal.placeholders import PlacedRows
+from train.model.multimodal.tower import VisionTower
 from train.model.norm import RMSNorm
-from train.model.residual import expand_streams, num_streams, read_out
+from train.model.residual import build_read_out
+from train.model.rotary import axis_positions
 from train.model.rules import violations
+from train.model.streams import expand_streams, num_streams
 
 
 @dataclass(frozen=True)
@@ -51,14 +58,18 @@ class Transformer(nn.Module):
             raise ValueError("\n".join(found))
         self.config = config
         self.embedding = TokenEmbedding(config.vocab_size, config.hidden_size)
+        self.vision: VisionTower | None = None
+        if config.vision is not None:
+            self.vision = VisionTower(config.vision, config.hidden_size, config.rms_norm_eps)
         memories = _build_engrams(config)
         self.layers = nn.ModuleDict(
             {str(i): Block(config, i, memories.get(i)) for i in range(config.num_layers)}
         )
+        self.read_out = build_read_out(config)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.head = OutputHead(config.hidden_size, config.vocab_size)
         self.mtp = nn.ModuleList(
-            MultiTokenPrediction(config, Block(config, config.num_layers + depth))
+            build_mtp(config, Block(config, config.num_layers + depth))
             for depth in range(config.mtp_depth)
         )
         if self.indexers():
@@ -69,6 +80,7 @@ class Transformer(nn.Module):
         input_ids: Int[Tensor, "batch seq"],
         position_ids: Int[Tensor, "batch seq"],
         document_ids: Int[Tensor, "batch seq"],
+        images: VisionInput | None = None,
     ) -> TransformerOutput:
         """Logits of the next tokens.
 
@@ -76,20 +88,59 @@ class Transformer(nn.Module):
             input_ids: tokens of packed documents.
             position_ids: place of each token in its document.
             document_ids: document of each token; no token sees another document.
+            images: what the placeholders among the tokens stand for; `check_images` has passed.
         """
-        stream = expand_streams(self.embedding(input_ids), num_streams(self.config))
+        rows = self._rows(input_ids, images)
+        pair_positions = self._pair_positions(images)
+        streams = expand_streams(self._embed(input_ids, rows), self.config)
         for layer in self.layers.values():
-            stream = layer(stream, input_ids, position_ids, document_ids)
-        hidden = read_out(stream)
+            streams = layer(
+                streams, input_ids, position_ids, document_ids, pair_positions=pair_positions
+            )
+        hidden = self.read_out(streams)
         logits = self.head(self.norm(hidden))
         mtp_logits = []
         next_ids = input_ids
         for module in self.mtp:
             next_ids = next_tokens(next_ids, document_ids)
-            embedding = self.embedding(next_ids)
-            hidden = module(hidden, embedding, next_ids, position_ids, document_ids)
-            mtp_logits.append(self.head(hidden))
+            rows = None if rows is None else rows.next(document_ids)
+            predicted = module(
+                hidden,
+                streams,
+                self._embed(next_ids, rows),
+                next_ids,
+                position_ids=position_ids,
+                document_ids=document_ids,
+                pair_positions=pair_positions,
+            )
+            mtp_logits.append(self.head(predicted))
         return TransformerOutput(logits, tuple(mtp_logits))
+
+    def _rows(
+        self, input_ids: Int[Tensor, "batch seq"], images: VisionInput | None
+    ) -> PlacedRows | None:
+        """The images at their placeholders; None if the model takes text only."""
+        if self.vision is None:
+            assert images is None, "check_images refuses images without model.vision"
+            return None
+        # Without images the tower runs all the same: the ranks of a sharded model call it together.
+        none = self.vision.nothing()
+        patches, grids = none if images is None else (images.patches, images.grids)
+        placeholders = input_ids == self.vision.placeholder_token_id
+        return PlacedRows.of(self.vision(patches, grids), placeholders)
+
+    def _pair_positions(self, images: VisionInput | None) -> Int[Tensor, "batch seq pairs"] | None:
+        """What each rotary pair turns by; None: by the place in the document."""
+        if self.vision is None or images is None:
+            return None
+        return axis_positions(images.rope_positions, self.vision.rope_sections)
+
+    def _embed(
+        self, input_ids: Int[Tensor, "batch seq"], rows: PlacedRows | None
+    ) -> Float[Tensor, "batch seq hidden"]:
+        """Vectors of the tokens, those of placeholders from the images."""
+        embedding: Tensor = self.embedding(input_ids)
+        return embedding if rows is None else rows.replace_in(embedding)
 
     def blocks(self) -> list[Block]:
         """All blocks, those of MTP last."""
@@ -116,7 +167,8 @@ class Transformer(nn.Module):
         if not indexers:
             raise ValueError(
                 f"model.indexer.stage={stage}: model.attention={self.config.attention} has no "
-                "indexer; use model.attention=dsa"
+                "indexer; use model.attention=dsa, or v4_hybrid with layers of "
+                "model.compressed.csa_ratio"
             )
         for indexer in indexers:
             indexer.stage = stage
@@ -152,12 +204,16 @@ class Transformer(nn.Module):
         grouped by block, keep fp32 parameters; they take and return the stream in its own type,
         so their inputs must not be cast.
         """
+        tower = self.vision.units() if self.vision is not None else ()
         return ModelParts(
             root=self,
-            blocks=[*self.layers.values(), *self.mtp],
+            blocks=[*tower, *self.layers.values(), *self.mtp],
             expert_modules=[moe.experts for moe in self.moe_layers()],
             dispatch_sites=list(self.moe_layers()),
-            fp32_modules=[group for block in self.blocks() if (group := _fp32_modules(block))],
+            fp32_modules=[
+                *(group for block in self.blocks() if (group := _fp32_modules(block))),
+                *([module] for module in self.modules() if isinstance(module, GatedReadOut)),
+            ],
         )
 
 
@@ -173,18 +229,19 @@ def _build_engrams(config: ModelConfig) -> dict[int, Engram]:
             hidden_size=config.hidden_size,
             streams=num_streams(config),
             eps=config.rms_norm_eps,
+            dead_token_id=config.vision.placeholder_token_id if config.vision else None,
         )
         for index, geometry in hash_geometries(config.engram).items()
     }
 
 
 def _fp32_modules(block: Block) -> list[nn.Module]:
-    """Modules of a block whose small parameters decide much: sites, indexer's norm, and router."""
+    """Modules of a block whose few parameters decide much: sites, sink, pooling, and router."""
     attention = [
         module
-        for indexer in block.modules()
-        if isinstance(indexer, TrainedIndexer)
-        for module in indexer.fp32_modules()
+        for owner in block.modules()
+        if isinstance(owner, HybridAttention | TrainedIndexer)
+        for module in owner.fp32_modules()
     ]
     routers = [block.ffn.router] if isinstance(block.ffn, MoeLayer) else []
     modules = [block.attention_site, *attention, block.ffn_site, *routers]

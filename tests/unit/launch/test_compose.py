@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,15 @@ def test_a_part_is_switched_off_and_on_again() -> None:
     assert back.config.model.engram.seed == 3
 
 
+def test_the_seeing_model_is_the_text_model_with_vision() -> None:
+    seeing = compose("v4_nano", ["model=v4_nano_mm"]).config.model
+    text = compose("v4_nano").config.model
+    assert seeing.vision is not None
+    assert seeing.vision.encoder is not None
+    assert replace(seeing, vision=None) == text
+    assert text.vision is None
+
+
 def test_a_key_below_a_null_says_how_to_switch_it_on() -> None:
     [problem] = problems("v4_nano", "model.engram=null", "model.engram.num_heads=8")
     assert problem == (
@@ -76,7 +86,7 @@ def test_all_mistakes_are_reported_at_once() -> None:
         "~train.steps: cannot be removed; type train.steps=VALUE",
         "model=nope: no such file under recipes/model; use v4_nano",
         "model.mla=4: must be a mapping; has the keys q_lora_rank,",
-        "model.residual=mhcc: must be one of plain, hc, mhc; use model.residual=mhc",
+        "model.residual=mhcc: must be one of plain, hc, mhc, mhc_single_pass; use model.residual=mhc",
         "data.sources.docs.path=3: must be text",
         "train.seed=abc: must be a whole number; for example train.seed=0",
         "train.micro_batch_size=2.5: must be a whole number; for example",
@@ -97,6 +107,36 @@ def test_rules_across_parts_are_reported_beside_wrong_keys() -> None:
         "world size = data x tensor x pipeline x context = 4, but --nproc 8; "
         "use --nproc 4 or parallel.data_parallel_size=8"
     )
+
+
+def test_rules_are_reported_beside_wrong_types_and_ranges_unless_they_follow_from_them() -> None:
+    found = problems(
+        "v4_nano",
+        "train.steps=many",
+        "optim.warmup_steps=1000",
+        "train.micro_batch_size=0",
+        "train.global_batch_size=18",
+        "parallel.expert_parallel_size=3",
+        "data.sources.x.weight=2",
+        "model.mtp_depth=2",
+    )
+    assert [problem.split(":")[0] for problem in found] == [
+        "data.sources.x.path",
+        "train.steps=many",
+        "train.micro_batch_size=0",
+        "parallel.expert_parallel_size=3",
+        "model.mtp_depth=2",
+        "train.global_batch_size=18",
+    ]
+
+
+def test_products_of_axes_are_not_judged_with_a_wrong_axis() -> None:
+    wrong = ("parallel.data_parallel_size=two", "parallel.expert_parallel_size=3")
+    found = problems("v4_nano", *wrong, "parallel.tensor_parallel_size=2", nproc=8)
+    assert [problem.split(":")[0] for problem in found] == [
+        "parallel.data_parallel_size=two",
+        "parallel.tensor_parallel_size=2",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,11 @@ def test_the_quick_start_is_valid(nano: RunConfig) -> None:
             "parallel.expert_parallel_size=3: must divide",
             "use 1, 2 or 4",
         ),
-        ({"model__attention": "v4_hybrid"}, "model.attention=v4_hybrid: not implemented", "=mla"),
+        (
+            {"model__attention": "v4_hybrid", "model__num_layers": 6},
+            "model.compressed.compress_ratios=[0,4,16,4,0]: must be one of 0, 4, 16 for each",
+            "for example [0,4,16,0,4,16,0]",
+        ),
         ({"model__router": "hash"}, "model.router=hash: not implemented", "=sigmoid"),
         ({"data__sources": {}}, "data.sources={}: nothing to train on", "use data=quickstart"),
         ({"name": "a/b"}, "name=a/b: becomes a directory", "for example name=v4_nano"),

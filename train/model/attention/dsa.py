@@ -98,11 +98,14 @@ class SparseLatentAttention(MultiHeadLatentAttention):
         x: Float[Tensor, "batch seq hidden"],
         position_ids: Int[Tensor, "batch seq"],
         document_ids: Int[Tensor, "batch seq"],
+        *,
+        pair_positions: Int[Tensor, "batch seq pairs"] | None = None,
     ) -> Float[Tensor, "batch seq hidden"]:
-        """Attend from every token to selected earlier ones of its document."""
-        cos, sin = rotary_tables(position_ids, self.rope, self.theta, self.yarn)
+        """Attend from every token to selected earlier ones of its document; see `Block.forward`."""
+        positions = position_ids if pair_positions is None else pair_positions
+        cos, sin = rotary_tables(positions, self.rope, self.theta, self.yarn)
         latents = self.latents(x, cos, sin)
-        sparse = self.indexer.stage == "sparse" and self.indexer.top_k < x.shape[1]
+        sparse = self.indexer.selects_among(x.shape[1])
         visible = Visibility.of_tokens(document_ids)
         # Sharding wants every module called in every pass: an idle indexer gets no tokens.
         rows = slice(x.shape[1] if sparse or self.indexer.learns else 0)

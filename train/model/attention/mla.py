@@ -59,9 +59,12 @@ class MultiHeadLatentAttention(nn.Module):
         x: Float[Tensor, "batch seq hidden"],
         position_ids: Int[Tensor, "batch seq"],
         document_ids: Int[Tensor, "batch seq"],
+        *,
+        pair_positions: Int[Tensor, "batch seq pairs"] | None = None,
     ) -> Float[Tensor, "batch seq hidden"]:
-        """Attend from every token to the earlier ones of its document."""
-        cos, sin = rotary_tables(position_ids, self.rope, self.theta, self.yarn)
+        """Attend from every token to the earlier ones of its document; see `Block.forward`."""
+        positions = position_ids if pair_positions is None else pair_positions
+        cos, sin = rotary_tables(positions, self.rope, self.theta, self.yarn)
         latents = self.latents(x, cos, sin)
         mixed: Tensor = self.o(self.attend_with_heads(latents, document_ids))
         return mixed

@@ -29,6 +29,10 @@ class TrainedIndexer(nn.Module):
         """Whether the loss is computed now: in training, with gradients, and not idle."""
         return self.training and torch.is_grad_enabled() and self.stage != "dense"
 
+    def selects_among(self, keys: int) -> bool:
+        """Whether attention is to a selection of so many keys now, and not to all of them."""
+        return self.stage == "sparse" and self.top_k < keys
+
     def fp32_modules(self) -> list[nn.Module]:
         """Modules that keep fp32 parameters when the model computes in bf16."""
         raise NotImplementedError

@@ -47,6 +47,8 @@ def test_equals_the_released_formula_on_one_document(streams: int) -> None:
             gate = torch.sigmoid(score.sign() * score.abs().sqrt())
             gates.append(float(gate.detach()))
             update[t, m] = gate * (made.value.weight @ embedded[0, t])
+    assert made.conv is not None
+    assert made.conv_norm is not None
     normalised = torch.stack([torch.stack([rms(x) for x in token]) for token in update])
     channels = (normalised * made.conv_norm).reshape(9, -1).T[None]
     # torch's convolution has the token itself at the last tap.

@@ -1,8 +1,16 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from tests.unit.train.model.tiny import FULL, TINY, build, packed, relative_error, with_changes
-from train.model.attention.config import IndexerConfig, MlaConfig, YarnConfig
+from train.model.attention.compressed import HybridAttention
+from train.model.attention.config import (
+    CompressedConfig,
+    IndexerConfig,
+    MlaConfig,
+    YarnConfig,
+)
 from train.model.config import EngramConfig, HyperConnectionConfig
 from train.model.initialize import fill_buffers, parameter_init
 from train.model.moe.config import MoeConfig
@@ -17,6 +25,12 @@ def test_the_indexer_starts_with_the_rules_of_its_layers() -> None:
     assert 0.015 < float(values["layers.0.attention.indexer.q_b.weight"].detach().std()) < 0.025
 
 
+def hybrid(**changes: object) -> dict[str, object]:
+    """Changes that make a model one of V4's hybrid attention."""
+    compressed = replace(CompressedConfig(), **changes)  # type: ignore[arg-type]
+    return {"attention": "v4_hybrid", "compressed": compressed}
+
+
 @pytest.mark.parametrize("residual", ["plain", "hc", "mhc"])
 def test_every_parameter_is_initialised_and_gets_a_gradient(residual: str) -> None:
     config = with_changes(FULL, residual=residual)
@@ -27,6 +41,25 @@ def test_every_parameter_is_initialised_and_gets_a_gradient(residual: str) -> No
     (output.logits.square().mean() + output.mtp_logits[0].square().mean()).backward()
     untouched = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert untouched == []
+
+
+def test_hybrid_attention_differs_by_layer() -> None:
+    config = with_changes(FULL, **hybrid(), indexer=IndexerConfig(top_k=2))
+    model = build(config, noise=0.05)
+    kinds = [block.attention for block in model.blocks()]
+    assert [kind.ratio for kind in kinds if isinstance(kind, HybridAttention)] == [0, 4, 16, 4]
+    assert len(model.indexers()) == 2
+    for indexer in model.indexers():
+        indexer.loss_scale = 1.0
+    output = model(*packed((19, 7)))
+    (output.logits.square().mean() + output.mtp_logits[0].square().mean()).backward()
+    untouched = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert untouched == []
+    values = dict(build(config).named_parameters())
+    assert not values["layers.0.attention.sink.logits"].any()
+    assert not values["layers.1.attention.compressor.pool.logits"].any()
+    # Two sites and the sink; router; pooling; pooling and head weights of the indexer.
+    assert [len(group) for group in model.parts().fp32_modules] == [3, 7, 5, 7]
 
 
 def test_parameter_names_do_not_depend_on_what_else_is_switched_on() -> None:
@@ -101,10 +134,6 @@ def test_bf16_model_stays_close_to_fp32() -> None:
 @pytest.mark.parametrize(
     ("changes", "rule"),
     [
-        (
-            {"attention": "v4_hybrid"},
-            "attention=v4_hybrid: not implemented yet; use model.attention=mla",
-        ),
         ({"router": "hash"}, "model.router=hash: not implemented"),
         ({"mtp_depth": 2}, r"model\.mtp_depth=2: .*use 0 or 1"),
         ({"mla": MlaConfig(qk_rope_head_dim=5)}, r"qk_rope_head_dim=5: .*use 4 or 6"),
@@ -125,6 +154,14 @@ def test_bf16_model_stays_close_to_fp32() -> None:
         ({"engram": EngramConfig(layers=(1, 9))}, r"layers=\[1,9\]: .*from 0 to 2"),
         ({"engram": EngramConfig(ngram_orders=(2, 4))}, r"\[2,4\]: .*use \[2\], \[2,3\]"),
         ({"engram": EngramConfig(pad_token_id=64)}, "pad_token_id=64: .*vocab_size=64"),
+        (hybrid(compress_ratios=(0, 4)), r"ratios=\[0,4\]: .*0, 4, 16 .*example \[0,4,16\]"),
+        (hybrid(compress_ratios=(0, 4, 128)), r"\[0,4,128\]: .*one of 0, 4, 16"),
+        (hybrid(hca_ratio=4), "hca_ratio=4: must differ from csa_ratio"),
+        (hybrid(rope_head_dim=15), "rope_head_dim=15: must be even and at most .*head_dim=64"),
+        (hybrid(rope_head_dim=48), "rope_head_dim=48: .*at most model.indexer.head_dim=32"),
+        (hybrid(output_groups=3), "output_groups=3: must divide .*heads=2; use 1, 2"),
+        (hybrid(yarn=YarnConfig(factor=1.0)), "compressed.yarn.factor=1.0: must be more than 1"),
+        (hybrid(yarn=YarnConfig(mscale=0.5)), "mscale=0.5: .*use .*=1.0"),
     ],
 )
 def test_what_cannot_be_built_is_refused_by_name(changes: dict[str, object], rule: str) -> None:
@@ -133,8 +170,8 @@ def test_what_cannot_be_built_is_refused_by_name(changes: dict[str, object], rul
 
 
 def test_all_violations_come_at_once() -> None:
-    with pytest.raises(ValueError, match=r"(?s)attention=v4_hybrid.*mtp_depth=5"):
-        Transformer(with_changes(TINY, attention="v4_hybrid", mtp_depth=5))
+    with pytest.raises(ValueError, match=r"(?s)qk_rope_head_dim=5.*mtp_depth=5"):
+        Transformer(with_changes(TINY, mla=MlaConfig(qk_rope_head_dim=5), mtp_depth=5))
 
 
 def test_moe_layers_are_those_after_the_dense_ones() -> None:

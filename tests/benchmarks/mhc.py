@@ -1,0 +1,146 @@
+"""Cost of mHC's residual streams over a plain residual: `mneme bench mhc`.
+
+Forward and backward of one transformer block (MLA and a dense SwiGLU) over 2048 tokens on one
+thread, in CPU time. The kinds take turns in every round, in one process, with glibc told to keep
+freed memory: page faults otherwise cost more than the arithmetic of the streams. The ratio is the
+median of the rounds' ratios, because neighbours on the machine come and go. Compilation is not
+timed.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from typing import NamedTuple
+
+import torch
+
+from launch.bench import Row
+from parallel.initialize import fill_parameters
+from train.model.attention.config import MlaConfig
+from train.model.block import Block
+from train.model.config import HyperConnectionConfig, ModelConfig
+from train.model.initialize import parameter_init
+from train.model.streams import expand_streams
+from train.model.transformer import Transformer
+
+TOKENS, ROUNDS, WARM_UP = 2048, 9, 2
+TARGETS = {512: 1.15, 1024: 1.08}
+"""Promised ratio of the compiled form, by hidden size."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+GLIBC_TUNABLES = ":".join(
+    f"glibc.malloc.{name}={value}"
+    for name, value in (
+        ("hugetlb", 1),
+        ("mmap_threshold", 2**32),
+        ("trim_threshold", 2**33),
+        ("top_pad", 2**26),
+    )
+)
+
+
+class Kind(NamedTuple):
+    """One form of the residual."""
+
+    name: str
+    residual: str
+    compile: bool = False
+
+
+KINDS = (
+    Kind("plain", "plain"),
+    Kind("mHC eager", "mhc"),
+    Kind("mHC compiled", "mhc", compile=True),
+    Kind("single-pass mHC compiled", "mhc_single_pass", compile=True),
+)
+
+
+def run() -> list[Row]:
+    """Measure every width and type in a process of its own."""
+    environment = os.environ | {"GLIBC_TUNABLES": GLIBC_TUNABLES, "OMP_NUM_THREADS": "1"}
+    rows = []
+    for hidden, target in TARGETS.items():
+        for dtype in DTYPES:
+            command = [sys.executable, "-m", "tests.benchmarks.mhc", str(hidden), dtype]
+            answer = subprocess.run(command, check=True, capture_output=True, env=environment)
+            seconds: dict[str, list[float]] = json.loads(answer.stdout)
+            plain = seconds[KINDS[0].name]
+            for kind in KINDS[1:]:
+                found = seconds[kind.name]
+                ratio = statistics.median(a / b for a, b in zip(found, plain, strict=True))
+                rows.append(
+                    Row(
+                        case=f"{kind.name} | plain, hidden {hidden}, {dtype}; target of the ratio",
+                        value=1e3 * statistics.median(found),
+                        unit="ms",
+                        peer=1e3 * statistics.median(plain),
+                        ratio=ratio,
+                        target=target if kind.compile else None,
+                        met=ratio <= target if kind.compile else None,
+                    )
+                )
+    return rows
+
+
+def measure(hidden: int, dtype: torch.dtype) -> dict[str, list[float]]:
+    """CPU seconds of every round, by kind."""
+    torch.set_num_threads(1)
+    steps = {kind.name: Step(kind, hidden, dtype) for kind in KINDS}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(WARM_UP + ROUNDS):
+        for name, step in steps.items():
+            started = time.process_time()
+            step()
+            if turn >= WARM_UP:
+                seconds[name].append(time.process_time() - started)
+    return seconds
+
+
+class Step:
+    """Forward and backward of a block of one kind."""
+
+    def __init__(self, kind: Kind, hidden: int, dtype: torch.dtype) -> None:
+        self.config = ModelConfig(
+            vocab_size=8,
+            hidden_size=hidden,
+            num_layers=1,
+            intermediate_size=hidden * 8 // 3,
+            num_attention_heads=hidden // 64,
+            mla=MlaConfig(
+                q_lora_rank=hidden // 2,
+                kv_lora_rank=hidden // 4,
+                qk_nope_head_dim=64,
+                qk_rope_head_dim=32,
+                v_head_dim=64,
+            ),
+            residual=kind.residual,  # type: ignore[arg-type]
+            hyper_connection=HyperConnectionConfig(compile=kind.compile),
+        )
+        model = Transformer(self.config)
+        fill_parameters(model.named_parameters(), parameter_init(model), seed=0)
+        (self.block,) = model.blocks()
+        kept = {
+            id(p) for group in model.parts().fp32_modules for m in group for p in m.parameters()
+        }
+        for parameter in self.block.parameters():
+            if id(parameter) not in kept:
+                parameter.data = parameter.data.to(dtype)
+        torch.manual_seed(0)
+        self.hidden = torch.randn(1, TOKENS, hidden).to(dtype).requires_grad_()
+        self.grad = torch.randn(1, TOKENS, 1, hidden).to(dtype)
+        self.places = torch.arange(TOKENS).unsqueeze(0)
+
+    def __call__(self) -> None:
+        """All gradients of the block, one step."""
+        self.block.zero_grad()
+        streams = expand_streams(self.hidden, self.config)
+        assert isinstance(self.block, Block)
+        ids = torch.zeros_like(self.places)
+        left = self.block(streams, ids, self.places, ids).x
+        left.backward(self.grad.expand_as(left))
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(int(sys.argv[1]), DTYPES[sys.argv[2]])))

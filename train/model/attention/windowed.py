@@ -1,0 +1,184 @@
+"""Attention over a sliding window, compressed entries and a sink; the kernel of `compressed`.
+
+A reference that runs everywhere: chunked over queries, probabilities recomputed in backward, so
+memory grows with the sequence times the chunk.
+"""
+
+# ruff: noqa: ANN401 - torch leaves the type of an autograd function's ctx open
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from train.model.attention.core import Observer
+from train.model.attention.indexer import Visibility, query_chunks, selection_mask, widen
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Which tokens and entries a query attends to."""
+
+    window: int
+    """The query's own token and the window - 1 before it, in its document."""
+    entries: Visibility
+    """Which entries it may see; holds the documents of the tokens, too."""
+    selected: Int[Tensor, "batch seq k"] | None = None
+    """The only visible entries that it attends to, -1 where it has fewer; None for all."""
+
+    def first_token(self, start: int) -> int:
+        """The first token that a query from place `start` on attends to."""
+        return max(0, start - self.window + 1)
+
+    def hidden_tokens(
+        self, places: Int[Tensor, "queries"], first: int, end: int
+    ) -> Bool[Tensor, "batch queries keys"]:
+        """True where the query at a place does not attend to a token of [first, end)."""
+        documents = self.entries.query_documents
+        tokens = torch.arange(first, end, device=documents.device)
+        outside = (tokens > places[:, None]) | (tokens <= places[:, None] - self.window)
+        return (documents[:, places, None] != documents[:, None, first:end]) | outside
+
+    def hidden_entries(
+        self, start: int, end: int, count: int
+    ) -> Bool[Tensor, "batch queries entries"]:
+        """True where a query of [start, end) does not attend to one of the first entries."""
+        hidden = self.entries.hidden(start, end, count)
+        if self.selected is None:
+            return hidden
+        return hidden | ~selection_mask(self.selected[:, start:end], count)
+
+
+class Parts(NamedTuple):
+    """What attention runs over. One row per key serves all heads, as key and as value."""
+
+    query: Float[Tensor, "batch seq heads dim"]
+    """Scaled."""
+    kv: Float[Tensor, "batch seq dim"]
+    """Of the tokens."""
+    entries: Float[Tensor, "batch entries dim"]
+    """Compressed ones, any number."""
+    sink: Float[Tensor, "heads"]
+    """Logit of each head for attending to nothing."""
+
+
+def attend_in_window(
+    parts: Parts, seen: Seen, observe: Observer | None = None
+) -> Float[Tensor, "batch seq heads dim"]:
+    """`softmax([query keys^T ; sink]) [keys ; 0]` with keys = [window of kv ; entries].
+
+    The softmax is one over everything, in fp32 or wider; what the sink gets is lost.
+
+    Args:
+        parts: queries and keys.
+        seen: what each query attends to.
+        observe: is shown the probabilities of the entries, a part of the joint softmax.
+    """
+    result: Tensor = _Attention.apply(*parts, seen, observe)  # type: ignore[no-untyped-call]
+    return result
+
+
+def joint_probabilities(
+    query: Float[Tensor, "batch queries heads dim"],
+    keys: Float[Tensor, "batch keys dim"],
+    sink: Float[Tensor, "heads"],
+    hidden: Bool[Tensor, "batch queries others"],
+) -> Float[Tensor, "batch queries heads keys"]:
+    """Attention over keys and sink, in fp32 or wider.
+
+    Args:
+        query: scaled.
+        keys: the last row is the sink's, and 0: also as a value.
+        sink: logit of the last key.
+        hidden: of all keys but the last.
+    """
+    scores = torch.bmm(query.flatten(1, 2), keys.transpose(1, 2)).view(*query.shape[:3], -1)
+    scores = widen(scores)
+    scores[..., -1] = sink
+    scores[..., :-1].masked_fill_(hidden.unsqueeze(2), float("-inf"))
+    return torch.softmax(scores, dim=-1)
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Queries [start, end), the tokens [first, end) and entries [0, count) that they may attend to."""
+
+    start: int
+    end: int
+    first: int
+    count: int
+    hidden_entries: Bool[Tensor, "batch queries entries"]
+    probabilities: Float[Tensor, "batch queries heads keys"]
+    """Of tokens, entries and the sink."""
+    keys: Float[Tensor, "batch keys dim"]
+
+
+def _chunks(parts: Parts, seen: Seen) -> Iterator[_Chunk]:
+    """Attention of some queries at a time."""
+    query, kv, entries, sink = parts
+    batch, seq, heads, _ = query.shape
+    for start, end in query_chunks(0, seq, batch * heads * (seen.window + entries.shape[1])):
+        first, count = seen.first_token(start), seen.entries.num_keys(end)
+        keys = F.pad(torch.cat([kv[:, first:end], entries[:, :count]], dim=1), (0, 0, 0, 1))
+        hidden_entries = seen.hidden_entries(start, end, count)
+        places = torch.arange(start, end, device=kv.device)
+        hidden = torch.cat([seen.hidden_tokens(places, first, end), hidden_entries], dim=-1)
+        probabilities = joint_probabilities(query[:, start:end], keys, sink, hidden)
+        yield _Chunk(start, end, first, count, hidden_entries, probabilities, keys)
+
+
+class _Attention(torch.autograd.Function):
+    """Forward keeps inputs and output; backward recomputes each chunk's probabilities."""
+
+    @staticmethod
+    def forward(  # noqa: PLR0917 - autograd passes by position
+        ctx: Any,
+        query: Tensor,
+        kv: Tensor,
+        entries: Tensor,
+        sink: Tensor,
+        seen: Seen,
+        observe: Observer | None,
+    ) -> Tensor:
+        out = torch.empty_like(query)
+        for chunk in _chunks(Parts(query, kv, entries, sink), seen):
+            p = chunk.probabilities
+            result = p.to(kv.dtype).flatten(1, 2) @ chunk.keys
+            out[:, chunk.start : chunk.end] = result.view(*p.shape[:3], -1)
+            if observe is not None and chunk.count:
+                of_entries = p[..., chunk.end - chunk.first : -1].sum(2)
+                observe(chunk.start, of_entries, chunk.hidden_entries)
+        ctx.save_for_backward(query, kv, entries, sink, out)
+        ctx.seen = seen
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, kv, entries, sink, out = ctx.saved_tensors
+        # d softmax: dS = P * (dP - rowsum(P * dP)), and rowsum(P * dP) = rowsum(dO * O).
+        row_sum = widen(grad * out).sum(-1, keepdim=True)
+        grad_query = torch.empty_like(query)
+        # An entry's gradient is a sum over all later chunks.
+        grad_kv, grad_entries = torch.zeros_like(widen(kv)), torch.zeros_like(widen(entries))
+        grad_sink = torch.zeros_like(widen(sink))
+        for chunk in _chunks(Parts(query, kv, entries, sink), ctx.seen):
+            rows, tokens = slice(chunk.start, chunk.end), chunk.end - chunk.first
+            p, q, g = (
+                x.flatten(1, 2) for x in (chunk.probabilities, query[:, rows], grad[:, rows])
+            )
+            scores = widen(g @ chunk.keys.transpose(1, 2)).sub_(row_sum[:, rows].flatten(1, 2))
+            scores = scores.mul_(p)
+            grad_sink += scores[..., -1].view(len(q), -1, len(sink)).sum((0, 1))
+            scores, p = scores.to(q.dtype), p.to(q.dtype)
+            grad_query[:, rows] = (scores @ chunk.keys).view_as(query[:, rows])
+            grad_keys = torch.baddbmm(p.transpose(1, 2) @ g, scores.transpose(1, 2), q)
+            grad_kv[:, chunk.first : chunk.end] += grad_keys[:, :tokens]
+            grad_entries[:, : chunk.count] += grad_keys[:, tokens:-1]
+        grads = (grad_kv.to(kv.dtype), grad_entries.to(entries.dtype), grad_sink.to(sink.dtype))
+        return grad_query, *grads, None, None
