@@ -24,7 +24,7 @@ from train.model.attention.trained_indexer import TrainedIndexer
 from train.model.config import ModelConfig
 from train.model.rotary import rotary_tables, rotate_halves
 
-_GATHER_SHARE = 16
+_GATHER_SHARE = 8
 """Rows are gathered where a query attends to less than this part of the sequence (measured on a
 CPU); with more, scores of all tokens and a mask are cheaper."""
 _RECALL_QUERIES = 16
