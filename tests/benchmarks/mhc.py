@@ -1,6 +1,6 @@
 """Cost of mHC's residual streams over a plain residual: `mneme bench mhc`.
 
-Forward and backward of one transformer block (MLA and a dense SwiGLU) over 2048 tokens on one
+Forward and backward of one inner transformer block (MLA and a dense SwiGLU) over 2048 tokens on one
 thread, in CPU time. The kinds take turns in every round, in one process, with glibc told to keep
 freed memory: page faults otherwise cost more than the arithmetic of the streams. The ratio is the
 median of the rounds' ratios, because neighbours on the machine come and go. Compilation is not
@@ -20,10 +20,9 @@ import torch
 from launch.bench import Row
 from parallel.initialize import fill_parameters
 from train.model.attention.config import MlaConfig
-from train.model.block import Block
 from train.model.config import HyperConnectionConfig, ModelConfig
 from train.model.initialize import parameter_init
-from train.model.streams import expand_streams
+from train.model.streams import Streams, expand_streams
 from train.model.transformer import Transformer
 
 TOKENS, ROUNDS, WARM_UP = 2048, 9, 2
@@ -128,18 +127,17 @@ class Step:
             if id(parameter) not in kept:
                 parameter.data = parameter.data.to(dtype)
         torch.manual_seed(0)
-        self.hidden = torch.randn(1, TOKENS, hidden).to(dtype).requires_grad_()
-        self.grad = torch.randn(1, TOKENS, 1, hidden).to(dtype)
+        streams = expand_streams(torch.randn(1, TOKENS, hidden).to(dtype), self.config)
+        self.streams = Streams(*(t if t is None else t.requires_grad_() for t in streams))
+        self.grad = torch.randn(streams.x.shape).to(dtype)
         self.places = torch.arange(TOKENS).unsqueeze(0)
 
     def __call__(self) -> None:
-        """All gradients of the block, one step."""
-        self.block.zero_grad()
-        streams = expand_streams(self.hidden, self.config)
-        assert isinstance(self.block, Block)
+        """All gradients of the block and of the streams that enter it."""
         ids = torch.zeros_like(self.places)
-        left = self.block(streams, ids, self.places, ids).x
-        left.backward(self.grad.expand_as(left))
+        left = self.block(self.streams, ids, self.places, ids)
+        leaves = [t for t in (*self.streams, *self.block.parameters()) if t is not None]
+        torch.autograd.grad(left.x, leaves, self.grad)
 
 
 if __name__ == "__main__":

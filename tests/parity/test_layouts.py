@@ -18,7 +18,7 @@ from tests.harness import run_distributed
 from train.build import build
 from train.config import OptimConfig, RunConfig, TrainConfig
 from train.evaluate import evaluate
-from train.model.config import EngramConfig, ModelConfig
+from train.model.config import EngramConfig, HyperConnectionConfig, ModelConfig
 from train.model.moe.config import MoeConfig
 from train.step import train_step
 
@@ -26,6 +26,7 @@ STEPS = 3
 
 
 def recipe(corpus: Path, residual: str, data: int, expert: int, micro: int) -> RunConfig:
+    newer = residual == "mhc_single_pass"
     return RunConfig(
         name="layouts",
         model=ModelConfig(
@@ -34,9 +35,11 @@ def recipe(corpus: Path, residual: str, data: int, expert: int, micro: int) -> R
             num_layers=2,
             intermediate_size=64,
             residual=residual,  # type: ignore[arg-type]
+            hyper_connection=HyperConnectionConfig(read_out="gated" if newer else "mean"),
             moe=MoeConfig(num_experts=4, expert_intermediate_size=16, balance_loss_weight=0.01),
-            engram=EngramConfig(rows_per_head=50, head_dim=8),
+            engram=EngramConfig(rows_per_head=50, head_dim=8, conv_kernel_size=0 if newer else 4),
             mtp_depth=1,
+            mtp_kind="v4" if newer else "v3",
         ),
         parallel=ParallelConfig(data_parallel_size=data, expert_parallel_size=expert),
         data=DataConfig(
@@ -80,7 +83,14 @@ def train_rank(rank: int, config: RunConfig) -> list[dict[str, Any]]:
     return found if rank == 0 else []
 
 
-CASES = [("mhc", 4, 2, 1), ("mhc", 2, 2, 2), ("mhc", 4, 4, 2), ("hc", 4, 2, 1), ("plain", 4, 2, 1)]
+CASES = [
+    ("mhc", 4, 2, 1),
+    ("mhc", 2, 2, 2),
+    ("mhc", 4, 4, 2),
+    ("hc", 4, 2, 1),
+    ("plain", 4, 2, 1),
+    ("mhc_single_pass", 4, 2, 1),
+]
 
 
 @pytest.mark.parametrize(("residual", "data", "expert", "micro"), CASES)

@@ -1,20 +1,30 @@
 """A document in a packed sequence is computed as if it were alone."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.unit.train.model.tiny import FULL, build, packed, with_changes
+from tests.unit.train.model.tiny import FULL, MEMORY, build, packed, with_changes
 from train.model.attention.config import IndexerConfig
 from train.model.attention.dsa import SparseLatentAttention
+from train.model.config import HyperConnectionConfig
 from train.model.transformer import Transformer, TransformerOutput
 
 LENGTHS = st.lists(st.integers(1, 12), min_size=1, max_size=5)
 SPARSE = IndexerConfig(num_heads=16, head_dim=6, top_k=3)
 CONFIGS = {kind: with_changes(FULL, residual=kind) for kind in ("plain", "hc", "mhc")}
 CONFIGS["dsa"] = with_changes(FULL, attention="dsa", indexer=SPARSE)
+CONFIGS["v4.1"] = with_changes(
+    FULL,
+    residual="mhc_single_pass",
+    hyper_connection=HyperConnectionConfig(read_out="gated"),
+    mtp_kind="v4",
+    engram=replace(MEMORY, ngram_orders=(2, 3, 4), conv_kernel_size=0),
+)
 MODELS = {kind: build(config, noise=0.1) for kind, config in CONFIGS.items()}
 
 

@@ -11,11 +11,19 @@ from train.model.attention.config import (
     MlaConfig,
     YarnConfig,
 )
-from train.model.config import EngramConfig, HyperConnectionConfig
+from train.model.config import EngramConfig, HyperConnectionConfig, ModelConfig
 from train.model.initialize import fill_buffers, parameter_init
 from train.model.moe.config import MoeConfig
 from train.model.moe.layer import MoeLayer
 from train.model.transformer import Transformer
+
+V41 = with_changes(
+    FULL,
+    residual="mhc_single_pass",
+    hyper_connection=HyperConnectionConfig(read_out="gated"),
+    mtp_kind="v4",
+    engram=EngramConfig(layers=(1,), ngram_orders=(2, 3, 4), rows_per_head=50, conv_kernel_size=0),
+)
 
 
 def test_the_indexer_starts_with_the_rules_of_its_layers() -> None:
@@ -31,9 +39,12 @@ def hybrid(**changes: object) -> dict[str, object]:
     return {"attention": "v4_hybrid", "compressed": compressed}
 
 
-@pytest.mark.parametrize("residual", ["plain", "hc", "mhc"])
-def test_every_parameter_is_initialised_and_gets_a_gradient(residual: str) -> None:
-    config = with_changes(FULL, residual=residual)
+@pytest.mark.parametrize(
+    "config",
+    [with_changes(FULL, residual=kind) for kind in ("plain", "hc", "mhc")] + [V41],
+    ids=["plain", "hc", "mhc", "v4.1"],
+)
+def test_every_parameter_is_initialised_and_gets_a_gradient(config: ModelConfig) -> None:
     model = build(config, noise=0.05)
     inits = parameter_init(model)
     assert inits.keys() == {name for name, _ in model.named_parameters()}
@@ -81,6 +92,9 @@ def test_parts_cover_the_model() -> None:
     assert list(parts.expert_modules) == [moe.experts for moe in model.moe_layers()]
     assert len(list(parts.dispatch_sites)) == 3
     assert [len(group) for group in parts.fp32_modules] == [2, 3, 3, 3]
+    # Single-pass mHC of V4.1: the read-outs of the model and of MTP come after the blocks.
+    v41 = Transformer(V41)
+    assert list(v41.parts().fp32_modules)[4:] == [[v41.read_out], [v41.mtp[0].read_out]]
     plain = Transformer(with_changes(FULL, residual="plain")).parts()
     assert [len(group) for group in plain.fp32_modules] == [1, 1, 1]
     # An indexer adds its norm and the weights of its heads, in the dense block too.
@@ -117,8 +131,9 @@ def test_one_initial_value_of_each_kind() -> None:
     assert hc["layers.2.ffn_site.bias"][:4].tolist() == [0, 1, 0, 0]
 
 
-def test_bf16_model_stays_close_to_fp32() -> None:
-    model = build(FULL, noise=0.02)
+@pytest.mark.parametrize("config", [FULL, V41], ids=["v4", "v4.1"])
+def test_bf16_model_stays_close_to_fp32(config: ModelConfig) -> None:
+    model = build(config, noise=0.02)
     batch = packed((9, 7))
     wanted = model(*batch).logits.detach()
     for module in model.modules():
