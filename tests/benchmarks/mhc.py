@@ -128,7 +128,8 @@ class Step:
                 parameter.data = parameter.data.to(dtype)
         torch.manual_seed(0)
         streams = expand_streams(torch.randn(1, TOKENS, hidden).to(dtype), self.config)
-        self.streams = Streams(*(t if t is None else t.requires_grad_() for t in streams))
+        read = None if streams.read is None else streams.read.requires_grad_()
+        self.streams = Streams(streams.x.requires_grad_(), read)
         self.grad = torch.randn(streams.x.shape).to(dtype)
         self.places = torch.arange(TOKENS).unsqueeze(0)
 

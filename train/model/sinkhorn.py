@@ -21,8 +21,14 @@ def project_doubly_stochastic(
 
     Eq. 9 of mHC (arXiv 2512.24880): M <- T_row(T_column(M)), column normalisation first. Rows
     (dim 0 is the row index, dim 1 the column) therefore sum to 1 up to rounding, 1e-6 in fp32,
-    which bounds the forward gain; the columns, which bound the backward gain, keep the residual
-    error, see `column_error_bound`.
+    which bounds the forward gain. The columns, which bound the backward gain, keep a residual error.
+    If the logits of no column spread by more than R, it is after t passes at most
+
+        exp(R tanh(R/2)^(2t-1)) - 1        and never more than n - 1
+
+    by Birkhoff's contraction of Hilbert's metric: 5e-5 at R = 2 and 0.06 at R = 3 for t = 20. Typical
+    errors are far smaller at large R: at most 0.003 over 160,000 random 4x4 logits of standard
+    deviation 1, 0.06 at 3 and 0.14 at 6.
 
     Args:
         logits: one matrix per token, tokens last so that every pass runs over long rows; fp32 or

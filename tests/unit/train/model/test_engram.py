@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -107,3 +109,43 @@ def test_zero_table_learns_from_the_first_step_and_only_where_it_was_read() -> N
     read = torch.zeros(len(grad), dtype=torch.bool)
     read[engram.hash(batch[0], batch[2]).flatten()] = True
     assert torch.equal(grad.any(1), read)
+
+
+def test_without_convolution_the_gated_value_is_all() -> None:
+    """V4.1: `conv_kernel_size: 0`. With taps of 0 the convolution adds nothing either."""
+    with_taps = memory(3)
+    assert with_taps.conv is not None
+    torch.nn.init.zeros_(with_taps.conv)
+    without = Engram(
+        replace(MEMORY, conv_kernel_size=0),
+        hash_geometries(MEMORY)[1],
+        vocab_size=64,
+        hidden_size=6,
+        streams=3,
+        eps=1e-6,
+    )
+    assert {name for name, _ in without.named_parameters() if "conv" in name} == set()
+    without.load_state_dict(with_taps.state_dict(), strict=False)
+    ids, _, documents = packed((4, 5))
+    stream = torch.randn(2, 9, 3, 6)
+    assert torch.equal(without(stream, ids, documents), with_taps(stream, ids, documents))
+
+
+def test_dead_tokens_separate_what_stands_on_their_sides() -> None:
+    torch.manual_seed(0)
+    made = Engram(
+        replace(MEMORY, conv_kernel_size=0),
+        hash_geometries(MEMORY)[1],
+        vocab_size=64,
+        hidden_size=6,
+        streams=2,
+        eps=1e-6,
+        dead_token_id=63,
+    )
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter)
+    ids = torch.tensor([[5, 6, 63, 63, 7, 8], [9, 6, 63, 63, 7, 8]])
+    stream = torch.randn(1, 6, 2, 6).expand(2, -1, -1, -1)
+    first, second = made(stream, ids, torch.zeros_like(ids))
+    assert torch.equal(first[2:], second[2:])
+    assert not torch.equal(first[1], second[1])

@@ -59,7 +59,7 @@ def test_v3_projects_the_read_out_beside_the_embedding() -> None:
         torch.randn(2, 5, 4, 32),
     )
     found = module.enter(hidden, Streams(stream), module.embedding_norm(embedding)).x
-    left, right = module.project.weight.split(32, dim=1)
+    left, right = torch.split(module.project.weight, 32, dim=1)
     wanted = rms(hidden, module.hidden_norm.weight) @ left.T
     wanted = wanted + rms(embedding, module.embedding_norm.weight) @ right.T
     for m in range(4):
