@@ -1,5 +1,7 @@
 """A document in a packed sequence is computed as if it were alone."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.unit.train.model.tiny import FULL, build, packed, with_changes
-from train.model.attention.config import IndexerConfig
+from train.model.attention.config import CompressedConfig, IndexerConfig
 from train.model.attention.dsa import SparseLatentAttention
 from train.model.transformer import Transformer, TransformerOutput
 
@@ -15,6 +17,12 @@ LENGTHS = st.lists(st.integers(1, 12), min_size=1, max_size=5)
 SPARSE = IndexerConfig(num_heads=16, head_dim=6, top_k=3)
 CONFIGS = {kind: with_changes(FULL, residual=kind) for kind in ("plain", "hc", "mhc")}
 CONFIGS["dsa"] = with_changes(FULL, attention="dsa", indexer=SPARSE)
+HYBRID = CompressedConfig(
+    compress_ratios=(0, 2, 4, 2), csa_ratio=2, hca_ratio=4, sliding_window=3, rope_head_dim=6
+)
+CONFIGS["v4_hybrid"] = with_changes(
+    FULL, attention="v4_hybrid", compressed=HYBRID, indexer=replace(SPARSE, top_k=2)
+)
 MODELS = {kind: build(config, noise=0.1) for kind, config in CONFIGS.items()}
 
 
