@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.unit.train.model.tiny import FULL, MEMORY, build, packed, with_changes
-from train.model.attention.config import IndexerConfig
+from train.model.attention.config import CompressedConfig, IndexerConfig
 from train.model.attention.dsa import SparseLatentAttention
 from train.model.config import HyperConnectionConfig
 from train.model.transformer import Transformer, TransformerOutput
@@ -24,6 +24,12 @@ CONFIGS["v4.1"] = with_changes(
     hyper_connection=HyperConnectionConfig(read_out="gated"),
     mtp_kind="v4",
     engram=replace(MEMORY, ngram_orders=(2, 3, 4), conv_kernel_size=0),
+)
+HYBRID = CompressedConfig(
+    compress_ratios=(0, 2, 4, 2), csa_ratio=2, hca_ratio=4, sliding_window=3, rope_head_dim=6
+)
+CONFIGS["v4_hybrid"] = with_changes(
+    FULL, attention="v4_hybrid", compressed=HYBRID, indexer=replace(SPARSE, top_k=2)
 )
 MODELS = {kind: build(config, noise=0.1) for kind, config in CONFIGS.items()}
 

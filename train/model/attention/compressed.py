@@ -24,13 +24,22 @@ from train.model.attention.indexer import (
     widen,
 )
 from train.model.attention.trained_indexer import TrainedIndexer
-from train.model.attention.windowed import Parts, Seen, attend_in_window, joint_probabilities
+from train.model.attention.windowed import (
+    Parts,
+    Seen,
+    attend_gathered,
+    attend_in_window,
+    joint_probabilities,
+)
 from train.model.config import ModelConfig
 from train.model.norm import RMSNorm
 from train.model.rotary import rotary_tables, rotate_last
 
 Tables = tuple[Float[Tensor, "batch seq pairs"], Float[Tensor, "batch seq pairs"]]
 
+_GATHER_SHARE = 8
+"""Rows are gathered where a query attends to less than this part of the entries (measured on a CPU
+with 4 heads); with more, scores of all entries and a mask are cheaper."""
 _RECALL_QUERIES = 16
 """Queries of a sequence whose selection is compared with the full attention in every step."""
 
@@ -177,11 +186,8 @@ class HybridAttention(nn.Module):
         )
         if sparse:
             seen = replace(seen, selected=select(*index, seen.entries, indexer.top_k))
-        # The teacher is the joint softmax over window, entries and sink: a head that looks at the
-        # window teaches less. `IndexerLoss` sums over heads before it normalises.
         loss = IndexerLoss(*index) if indexer.learns else None
-        observe = None if loss is None else loss.over_keys
-        mixed = self.output(attend_in_window(parts, seen, observe), tables)
+        mixed = self.output(attend_and_teach(parts, seen, loss), tables)
         if loss is None:
             return mixed
         recall = self.measure_recall(parts, seen, index, indexer.top_k)
@@ -230,3 +236,17 @@ class HybridAttention(nn.Module):
             selected = best_keys(scored, unseen, min(top_k, count))
             sums += topk_recall(p[..., seq:-1].sum(2), unseen, selected)
         return sums
+
+
+def attend_and_teach(
+    parts: Parts, seen: Seen, loss: IndexerLoss | None
+) -> Float[Tensor, "batch seq heads dim"]:
+    """Attention in the cheapest form; what the entries get of it is the teacher of `loss`.
+
+    The softmax is the joint one over window, entries and sink, and heads are summed before the
+    teacher is normalised: a head that looks at its window has little to say about the entries.
+    """
+    rows = 0 if seen.selected is None else seen.window + seen.selected.shape[-1]
+    if rows and rows * _GATHER_SHARE < parts.entries.shape[1]:
+        return attend_gathered(parts, seen, None if loss is None else loss.over_selected)
+    return attend_in_window(parts, seen, None if loss is None else loss.over_keys)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from train.model.attention.core import Observer
+from train.model.attention.gathered import attend_to_selected
 from train.model.attention.indexer import Visibility, query_chunks, selection_mask, widen
 
 
@@ -53,6 +54,14 @@ class Seen:
             return hidden
         return hidden | ~selection_mask(self.selected[:, start:end], count)
 
+    def window_rows(self) -> Int[Tensor, "batch seq window"]:
+        """The tokens that each query attends to; -1 where there are fewer."""
+        documents = self.entries.query_documents
+        places = torch.arange(documents.shape[1], device=documents.device)
+        tokens = places[:, None] - torch.arange(self.window, device=documents.device)
+        same = documents[:, tokens.clamp(min=0)] == documents.unsqueeze(-1)
+        return torch.where(same & (tokens >= 0), tokens, -1).int()
+
 
 class Parts(NamedTuple):
     """What attention runs over. One row per key serves all heads, as key and as value."""
@@ -81,6 +90,37 @@ def attend_in_window(
     """
     result: Tensor = _Attention.apply(*parts, seen, observe)  # type: ignore[no-untyped-call]
     return result
+
+
+def attend_gathered(
+    parts: Parts, seen: Seen, observe: Observer | None = None
+) -> Float[Tensor, "batch seq heads dim"]:
+    """`attend_in_window` with the rows of each query gathered: cheaper if they are few.
+
+    Args:
+        parts: queries and keys.
+        seen: what each query attends to, a selection.
+        observe: is shown the probabilities of the selected entries; see `gathered.Observer`.
+    """
+    query, kv, entries, sink = parts
+    seq, dim = kv.shape[1:]
+    tokens, selected = seen.window_rows(), seen.selected
+    assert selected is not None
+    sink_row = torch.full_like(tokens[..., :1], seq + entries.shape[1])
+    rows = torch.cat([tokens, torch.where(selected < 0, -1, selected + seq), sink_row], dim=-1)
+    # The sink is a row of one more channel, in which queries hold the logit; as a value it is 0.
+    logits = sink.to(query.dtype).view(1, 1, -1, 1).expand(*query.shape[:3], 1)
+    keys = F.pad(torch.cat([kv, entries], dim=1), (0, 1, 0, 1))
+    keys[:, -1, -1] = 1.0
+
+    def observe_entries(start: int, probabilities: Tensor, _: Tensor) -> None:
+        assert observe is not None
+        end = start + probabilities.shape[1]
+        observe(start, probabilities[..., seen.window : -1], selected[:, start:end])
+
+    return attend_to_selected(
+        torch.cat([query, logits], dim=-1), keys, rows, dim, observe_entries if observe else None
+    )
 
 
 def joint_probabilities(

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.unit.train.model.tiny import TINY, packed, relative_error
+from train.model.attention import compressed
 from train.model.attention.compressed import HybridAttention
 from train.model.attention.compressor import Blocks
 from train.model.attention.config import CompressedConfig, IndexerConfig
@@ -68,6 +69,18 @@ def test_selecting_every_entry_is_attention_to_all_bitwise() -> None:
     assert relative_error(attention(SPARSE, top_k=2)(*inputs), dense) > 1e-3
 
 
+def test_gathered_and_masked_selections_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, positions, documents = batch(30, 10, 9)
+    results = []
+    for share in (8, 0):
+        monkeypatch.setattr(compressed, "_GATHER_SHARE", share)
+        module, leaf = attention(SPARSE), x.clone().requires_grad_()
+        out = module(leaf, positions, documents)
+        results.append([out, *torch.autograd.grad(out.square().sum(), [leaf, module.sink.logits])])
+    for masked, gathered in zip(*results, strict=True):
+        torch.testing.assert_close(gathered, masked, rtol=1e-5, atol=1e-5)
+
+
 def teachers(
     module: HybridAttention, inputs: tuple[Tensor, Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -111,9 +124,12 @@ def divergence(target: Tensor, scores: Tensor, hidden: Tensor) -> Tensor:
     return (torch.xlogy(target, target) - target * log).sum()
 
 
-@pytest.mark.parametrize("stage", ["dense_warmup", "sparse"])
-def test_the_indexer_learns_from_the_joint_softmax(stage: str) -> None:
+@pytest.mark.parametrize(("stage", "gather"), [("dense_warmup", 8), ("sparse", 8), ("sparse", 0)])
+def test_the_indexer_learns_from_the_joint_softmax(
+    stage: str, gather: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two heads, and queries that see two entries and more: fewer of either cannot tell."""
+    monkeypatch.setattr(compressed, "_GATHER_SHARE", gather)
     module = attention(SPARSE, stage=stage).double()
     x, positions, documents = batch(30, 10, 9)
     inputs = (x.double(), positions, documents)

@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from tests.unit.train.model.tiny import packed
 from train.model.attention import indexer
 from train.model.attention.compressor import Blocks
 from train.model.attention.indexer import best_keys
-from train.model.attention.windowed import Parts, Seen, attend_in_window
+from train.model.attention.windowed import Parts, Seen, attend_gathered, attend_in_window
 
 WINDOW, RATIO, HEADS, DIM = 5, 4, 3, 6
 
@@ -48,16 +49,42 @@ def reference(leaves: Parts, seen: Seen) -> Tensor:
     return torch.einsum("bqhk,bkd->bqhd", scores.softmax(-1)[..., :-1], keys)
 
 
+Attend = Callable[[Parts, Seen], Tensor]
+
+
+@pytest.mark.parametrize("attend", [attend_in_window, attend_gathered])
 @pytest.mark.parametrize("lengths", [(1,), (3,), (20, 7, 1, 12), (150, 40, 110)])
-def test_equals_the_masked_matrix(lengths: tuple[int, ...]) -> None:
+def test_equals_the_masked_matrix(lengths: tuple[int, ...], attend: Attend) -> None:
     leaves, seen = inputs(lengths, torch.float32)
-    found, wanted = attend_in_window(leaves, seen), reference(leaves, seen)
+    found, wanted = attend(leaves, seen), reference(leaves, seen)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=2e-6)
     direction = torch.randn_like(wanted)
     mine = torch.autograd.grad(found, leaves, direction)
     theirs = torch.autograd.grad(wanted, leaves, direction)
     for ours, other in zip(mine, theirs, strict=True):
         torch.testing.assert_close(ours, other, rtol=1e-5, atol=2e-5)
+
+
+def test_both_show_the_same_probabilities_of_the_entries() -> None:
+    leaves, seen = inputs((20, 7, 12), torch.float64)
+    assert seen.selected is not None
+    masked = torch.zeros(2, 39, 39 // RATIO, dtype=torch.float64)
+    gathered = torch.zeros_like(masked)
+
+    def see_all(start: int, probabilities: Tensor, hidden: Tensor) -> None:
+        assert not probabilities[hidden].any()
+        rows = slice(start, start + hidden.shape[1])
+        masked[:, rows, : hidden.shape[2]] = probabilities
+
+    def see_selected(start: int, probabilities: Tensor, selected: Tensor) -> None:
+        rows = slice(start, start + selected.shape[1])
+        places = selected.clamp(min=0).long()
+        gathered[:, rows].scatter_add_(2, places, probabilities.masked_fill(selected < 0, 0.0))
+
+    attend_in_window(leaves, seen, see_all)
+    attend_gathered(leaves, seen, see_selected)
+    assert masked.any()
+    torch.testing.assert_close(masked, gathered)
 
 
 def test_gradient_of_several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
