@@ -23,8 +23,10 @@ from train.config import RunConfig
 from train.model.config import ModelConfig
 from train.model.engram_hash import compress_vocabulary
 from train.model.initialize import fill_buffers, parameter_init
+from train.model.roles import parameter_roles
 from train.model.transformer import Transformer
-from train.optim.groups import build_adamw, parameter_groups
+from train.optim.build import build_optimizer
+from train.optim.optimizers import Optimizers
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
@@ -38,7 +40,7 @@ class Training:
     device: torch.device
     meshes: Meshes
     model: Transformer
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizers
     data_rank: int
     """This rank's index among the ranks that see different sequences."""
 
@@ -95,14 +97,19 @@ def build(config: RunConfig) -> Training:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     meshes = build_mesh(layout, backend.device_type)
     model = build_model(config, layout, meshes, device)
-    groups = parameter_groups(model.named_parameters(), model.engram_tables(), config.optim)
+    optimizer = build_optimizer(
+        dict(model.named_parameters()),
+        parameter_roles(model),
+        config.optim,
+        iteration_dtype=_DTYPES[config.train.dtype],
+    )
     return Training(
         config=config,
         backend=backend,
         device=device,
         meshes=meshes,
         model=model,
-        optimizer=build_adamw(groups, config.optim),
+        optimizer=optimizer,
         data_rank=layout.data_rank(dist.get_rank()),
     )
 

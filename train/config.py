@@ -9,6 +9,8 @@ from data.config import DataConfig
 from parallel.config import ParallelConfig
 from train.model.config import ModelConfig
 
+TableKind = Literal["engram", "embedding", "head"]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
@@ -16,8 +18,18 @@ class OptimConfig:
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """Of the weight matrices. Vectors are always on AdamW; muon: as in DeepSeek-V4."""
+    table_optimizer: Literal["adamw", "sinkhorn"] = "adamw"
+    """Of the tables in `tables`; sinkhorn: the Sinkhorn-balanced momentum of DeepSeek-V4.1."""
+    tables: tuple[TableKind, ...] = ("engram", "embedding", "head")
+    """What `table_optimizer` updates; the other tables are on AdamW."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
+    momentum: float = 0.95
+    """Nesterov momentum of muon and sinkhorn."""
+    update_rms: float = 0.18
+    """Root mean square of an update of muon and sinkhorn over the learning rate (gamma)."""
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-20

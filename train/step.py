@@ -22,7 +22,6 @@ from train.model.mtp import mtp_labels
 from train.model.multimodal.placeholders import check_images
 from train.monitor.indexer import indexer_metrics
 from train.monitor.routing import routing_metrics
-from train.optim.groups import set_learning_rate
 from train.optim.schedule import learning_rate
 
 
@@ -63,7 +62,7 @@ def train_step(training: Training, batch: Batch, step: int) -> Record:
     guard_finite(step, loss=loss, gradient_norm=gradient_norm)
 
     rate = learning_rate(config.optim, step, config.train.steps)
-    set_learning_rate(training.optimizer, rate)
+    training.optimizer.set_learning_rate(rate)
     training.optimizer.step()
     training.optimizer.zero_grad()
     record: Record = {"loss": loss, "loss_main": loss_main}
