@@ -107,8 +107,11 @@ def show(value: object) -> str:
 
 
 def _child(annotation: object, name: str) -> _Kind:
-    """Type of the key `name` of a type; None if it has no such key."""
+    """Type of the key `name` of a type, or of its entry `name[0]`; None if it has no such key."""
     annotation = _without_none(annotation)
+    if name.endswith("]"):
+        entries = _child(annotation, name.partition("[")[0])
+        return get_args(entries)[0] if _is_list(entries) else None
     if is_dataclass(annotation):
         return get_type_hints(annotation).get(name) if name in _names(annotation) else None
     if get_origin(annotation) is dict and name:

@@ -27,6 +27,7 @@ from train.model.roles import parameter_roles
 from train.model.transformer import Transformer
 from train.optim.build import build_optimizer
 from train.optim.optimizers import Optimizers
+from train.stages import Phase, phases
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
@@ -44,10 +45,9 @@ class Training:
     data_rank: int
     """This rank's index among the ranks that see different sequences."""
 
-    @property
-    def tokens_per_step(self) -> int:
-        """Tokens of a global batch."""
-        return self.config.train.global_batch_size * self.config.data.sequence_length
+    def phase(self, step: int) -> Phase:
+        """What batches optimizer step `step` trains on."""
+        return next(phase for phase in phases(self.config) if step <= phase.last_step)
 
     @property
     def loss_dtype(self) -> torch.dtype:
@@ -59,10 +59,14 @@ class Training:
         """Type of sums over ranks that are reported: fp64 where the device has it."""
         return torch.float64 if self.backend.capabilities.fp64 else torch.float32
 
+    @property
+    def num_lanes(self) -> int:
+        """Virtual lanes of the data, the same in all phases."""
+        return self.config.data.num_lanes or self.config.train.global_batch_size
+
     def data_lanes(self) -> list[str]:
         """Names of the data lanes that this rank owns."""
-        lanes = self.config.data.num_lanes or self.config.train.global_batch_size
-        return owned_lanes(lanes, self.data_rank, self.config.parallel.data_parallel_size)
+        return owned_lanes(self.num_lanes, self.data_rank, self.config.parallel.data_parallel_size)
 
 
 def build(config: RunConfig) -> Training:
