@@ -7,6 +7,7 @@ from pydantic import ConfigDict
 
 from data.config import DataConfig
 from parallel.config import ParallelConfig
+from train.model.attention.config import IndexerStage
 from train.model.config import ModelConfig
 
 TableKind = Literal["engram", "embedding", "head"]
@@ -84,6 +85,8 @@ class StageConfig:
     """Sequences that one rank computes at a time; null: `train.micro_batch_size`."""
     learning_rate: float | None = None
     """Constant in the stage, in place of `optim.schedule`."""
+    indexer_stage: IndexerStage | None = None
+    """Training stage of sparse attention; null: `model.indexer.stage`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from train.config import BatchSizeRampConfig, RunConfig, StageConfig
+from train.model.attention.config import IndexerStage
+from train.model.config import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,6 +26,8 @@ class Phase:
     micro_batch_size: int
     learning_rate: float | None
     """Constant; None: that of the schedule."""
+    indexer_stage: IndexerStage | None
+    """None: no stage of the run says one, and the model's stays."""
 
     @property
     def tokens_per_step(self) -> int:
@@ -34,11 +38,13 @@ class Phase:
 def phases(config: RunConfig) -> list[Phase]:
     """All phases of the run, in order; together they are the steps 1 to `train.steps`."""
     found: list[Phase] = []
+    changes = any(stage.indexer_stage for stage in config.train.stages)
     for index, stage in enumerate(config.train.stages or (StageConfig(),)):
         before = found[-1].last_step if found else 0
         last = config.train.steps if stage.steps is None else before + stage.steps
         ramp = config.train.batch_size_ramp if index == 0 else None
         full = stage.global_batch_size or config.train.global_batch_size
+        indexer = stage.indexer_stage or config.model.indexer.stage
         for size, steps in [*(ramp_steps(ramp, full) if ramp else ()), (full, last - before)]:
             first = found[-1].last_step + 1 if found else 1
             if first <= last:
@@ -51,6 +57,7 @@ def phases(config: RunConfig) -> list[Phase]:
                         global_batch_size=size,
                         micro_batch_size=stage.micro_batch_size or config.train.micro_batch_size,
                         learning_rate=stage.learning_rate,
+                        indexer_stage=indexer if changes else None,
                     )
                 )
     return found
@@ -74,6 +81,14 @@ def ramp_steps(ramp: BatchSizeRampConfig, full: int) -> Iterator[tuple[int, int]
         consumed += steps * size
 
 
+def has_indexer(model: ModelConfig) -> bool:
+    """Whether some layer selects keys by an indexer."""
+    if model.attention == "v4_hybrid":
+        used = model.compressed.compress_ratios[: model.num_layers + model.mtp_depth]
+        return model.compressed.csa_ratio in used
+    return model.attention == "dsa"
+
+
 def problems(config: RunConfig) -> Iterator[str]:
     """What is wrong with the stages and the ramp; the numbers must be positive already."""
     train, ramp = config.train, config.train.batch_size_ramp
@@ -85,6 +100,11 @@ def problems(config: RunConfig) -> Iterator[str]:
                 "a number of steps"
             )
         taken += stage.steps or 0
+        if stage.indexer_stage and not has_indexer(config.model):
+            yield (
+                f"train.stages[{index}].indexer_stage={stage.indexer_stage}: model.attention="
+                f"{config.model.attention} has no indexer; use null, or model.attention=dsa"
+            )
     if train.stages and train.stages[-1].steps is None and taken >= train.steps:
         yield (
             f"train.steps={train.steps}: train.stages take {taken} steps before the last one; use "

@@ -41,6 +41,8 @@ def train_step(training: Training, batch: Batch, step: int) -> Record:
     mtp_weight = mtp_loss_weight(config, step)
     check_images(config.model.vision, batch.input_ids, batch.labels, batch.vision)
     model.train()
+    if phase.indexer_stage is not None:
+        model.set_indexer_stage(phase.indexer_stage)
     valid, tokens = count_labels(training, batch)
     set_loss_scales(training, phase.global_batch_size, tokens)
     sums = torch.zeros(3, dtype=training.sum_dtype, device=training.device)

@@ -24,13 +24,14 @@ from train.config import (
     TrainConfig,
 )
 from train.loop import train
+from train.model.attention.config import IndexerConfig
 from train.model.config import EngramConfig, ModelConfig
 from train.model.moe.config import MoeConfig
 from train.stop import StopRequest
 
-STEPS = 14
-SEQUENCES = [4, 4, 4, *[8] * 7, *[4] * 4]
-LENGTHS = [32] * 10 + [64] * 4
+STEPS = 16
+SEQUENCES = [4, 4, 4, *[8] * 7, *[4] * 6]
+LENGTHS = [32] * 12 + [64] * 4
 
 
 def recipe(corpus: Path, ranks: int) -> RunConfig:
@@ -41,6 +42,8 @@ def recipe(corpus: Path, ranks: int) -> RunConfig:
             hidden_size=32,
             num_layers=2,
             intermediate_size=64,
+            attention="dsa",
+            indexer=IndexerConfig(num_heads=2, head_dim=16, top_k=8),
             moe=MoeConfig(num_experts=4, expert_intermediate_size=16),
             engram=EngramConfig(rows_per_head=50, head_dim=8),
             mtp_depth=1,
@@ -66,7 +69,14 @@ def recipe(corpus: Path, ranks: int) -> RunConfig:
             micro_batch_size=2,
             batch_size_ramp=BatchSizeRampConfig(start=4, increment=4, samples=12),
             stages=(
-                StageConfig(steps=10, sequence_length=32),
+                StageConfig(steps=10, sequence_length=32, indexer_stage="dense"),
+                StageConfig(
+                    steps=2,
+                    sequence_length=32,
+                    global_batch_size=4,
+                    learning_rate=3e-2,
+                    indexer_stage="dense_warmup",
+                ),
                 StageConfig(sequence_length=64, global_batch_size=4, micro_batch_size=1),
             ),
         ),
@@ -99,9 +109,9 @@ def records(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def tensors(run_dir: Path) -> dict[str, Any]:
+def tensors(run_dir: Path, step: int = STEPS) -> dict[str, Any]:
     whole = run_dir / "whole.pt"
-    dcp_to_torch_save(str(run_dir / f"checkpoints/step-{STEPS:08d}"), str(whole))
+    dcp_to_torch_save(str(run_dir / f"checkpoints/step-{step:08d}"), str(whole))
     loaded: dict[str, Any] = torch.load(whole, weights_only=False)
     return loaded
 
@@ -117,11 +127,29 @@ def uninterrupted(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -
 def test_the_batches_and_tokens_of_every_step_are_those_of_its_stage(uninterrupted: Path) -> None:
     rows = records(uninterrupted)
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
-    assert [row["stage"] for row in rows] == [0] * 10 + [1] * 4
+    assert [row["stage"] for row in rows] == [0] * 10 + [1] * 2 + [2] * 4
     assert [row["global_batch_size"] for row in rows] == SEQUENCES
     assert [row["sequence_length"] for row in rows] == LENGTHS
     tokens = (n * length for n, length in zip(SEQUENCES, LENGTHS, strict=True))
     assert [row["tokens"] for row in rows] == list(accumulate(tokens))
+
+
+def test_the_warm_up_of_the_indexer_moves_nothing_else(
+    tiny_corpus: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    rows = records(uninterrupted)
+    assert ["loss_indexer" in row for row in rows] == [False] * 10 + [True] * 6
+    assert [row["learning_rate"] for row in rows[10:12]] == [3e-2] * 2
+    run_distributed(run, 2, recipe(tiny_corpus, ranks=2), tmp_path, [10, 2])
+    before, after = tensors(tmp_path, 10), tensors(tmp_path, 12)
+    weights = [key for key in before if key.startswith("model.")]
+    changed = [key for key in weights if not torch.equal(before[key], after[key])]
+    assert len(changed) > 5
+    assert all(".indexer." in key for key in changed)
+    # The bias of the routers moves without gradients.
+    buffers = [key for key in before if key.startswith("buffer.")]
+    assert buffers
+    assert all(torch.equal(before[key], after[key]) for key in buffers)
 
 
 def test_muon_and_sinkhorn_learn(uninterrupted: Path) -> None:
@@ -132,15 +160,16 @@ def test_muon_and_sinkhorn_learn(uninterrupted: Path) -> None:
 
 def test_the_mtp_loss_weighs_less_from_the_decay_on(uninterrupted: Path) -> None:
     for row in records(uninterrupted):
-        weight = (row["loss"] - row["loss_main"] - row["loss_balance"]) / row["loss_mtp"]
-        assert weight == pytest.approx(0.3 if row["step"] <= 7 else 0.1)
+        others = row["loss_main"] + row["loss_balance"] + row.get("loss_indexer", 0.0)
+        weight = (row["loss"] - others) / row["loss_mtp"]
+        assert weight == pytest.approx(0.3 if row["step"] <= 8 else 0.1)
 
 
 def test_resume_in_any_stage_is_bitwise_the_same_run(
     tiny_corpus: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
-    # Stops within the ramp, at its end, within the first stage, at its end, within the second.
-    parts = [2, 1, 4, 3, 2, 99]
+    # Stops within the ramp, at its end, within the stages and at their ends.
+    parts = [2, 1, 4, 3, 1, 1, 2, 99]
     codes = run_distributed(run, 2, recipe(tiny_corpus, ranks=2), tmp_path, parts)
     assert codes == [[85] * (len(parts) - 1) + [0]] * 2
     timed = ("tokens_per_second", "step_seconds", "data_wait_seconds", "peak_memory_bytes")

@@ -59,8 +59,6 @@ def save(
     if first:
         begin(run_dir, progress.step)
     dist.barrier()
-    # What is frozen now may learn when the run goes on: the contents do not depend on it.
-    create_optimizer_states(optimizer)
     state = _tensors(model, optimizer) | {f"data.{k}": v for k, v in progress.data_state.items()}
     state[f"rng.{dist.get_rank()}"] = rng_state
     save_distributed(state, checkpoint_id=temporary)

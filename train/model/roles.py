@@ -9,11 +9,14 @@ from typing import Literal
 
 from torch import nn
 
+from train.model.attention.compressed import GroupedLinear
+from train.model.attention.compressor import SlotPool
 from train.model.embedding import OutputHead, TokenEmbedding
 from train.model.engram import Engram, EngramTable
+from train.model.hyper_connection import GatedReadOut, HyperConnection, ManifoldHyperConnection
 from train.model.moe.experts import Experts
 from train.model.moe.router import Router
-from train.model.residual import HyperConnection, ManifoldHyperConnection
+from train.model.multimodal.encoder import VisionBlock
 from train.model.transformer import Transformer
 
 
@@ -47,29 +50,41 @@ def _own_roles(module: nn.Module) -> dict[str, Role]:
     """Rules for the parameters that `module` holds, itself or in children."""
     roles: dict[str, Role] = {}
     match module:
-        case nn.Linear():
-            roles = {"weight": Role("matrix", (module.out_features,))}
-        case Router():
-            roles = {"weight": Role("matrix", (len(module.weight),))}
+        case EngramTable() | TokenEmbedding() | OutputHead():
+            roles = {"weight": _table(module)}
+        case GroupedLinear():
+            roles = {"weight": _stacked(module.groups, module.out_features // module.groups)}
+        case nn.Linear() | Router():
+            roles = {"weight": _stacked(1, len(module.weight))}
         case Experts():
             _, hidden, width = module.down.shape
-            gate_up, down = Role("matrix", (width, width)), Role("matrix", (hidden,))
-            roles = {"gate_up": gate_up, "down": down}
-        case ManifoldHyperConnection():
-            # One matrix, as V4 stores it. The gradient of its rows for H_res is 0 while all streams are
-            # equal, as at the start: alone, Muon would blow its rounding up to a full step.
-            roles = {"phi": Role("matrix", (sum(module.widths),))}
+            roles = {"gate_up": _stacked(2, width), "down": _stacked(1, hidden)}
+        case VisionBlock():
+            roles = {"qkv.weight": _stacked(3, module.qkv.in_features)}
+        case ManifoldHyperConnection() | GatedReadOut():
+            # One matrix, as V4 stores it. The gradient of its rows for H_res is 0 while all streams
+            # are equal, as at the start: alone, Muon would blow its rounding up to a full step.
+            roles = {"phi": _stacked(1, len(module.phi))}
         case HyperConnection():
-            roles = {"theta": Role("matrix", (len(module.theta),))}
+            roles = {"theta": _stacked(1, len(module.theta))}
+        case SlotPool():
+            roles = {"logits": Role("vector")}
         case Engram():
-            streams, hidden = module.query_norm.shape
             vectors = ("query_norm", "key_norm", "conv_norm", "conv")
-            roles = dict.fromkeys(vectors, Role("vector"))
-            roles["key.weight"] = Role("matrix", (hidden,) * streams)
-        case EngramTable():
-            roles = {"weight": Role("engram")}
-        case TokenEmbedding():
-            roles = {"weight": Role("embedding")}
-        case OutputHead():
-            roles = {"weight": Role("head")}
+            roles = {"key.weight": _stacked(*module.query_norm.shape)}
+            roles |= dict.fromkeys(vectors, Role("vector"))
     return roles
+
+
+def _table(module: EngramTable | TokenEmbedding | OutputHead) -> Role:
+    match module:
+        case EngramTable():
+            return Role("engram")
+        case TokenEmbedding():
+            return Role("embedding")
+        case OutputHead():
+            return Role("head")
+
+
+def _stacked(matrices: int, rows: int) -> Role:
+    return Role("matrix", (rows,) * matrices)

@@ -102,7 +102,7 @@ def test_stages_are_a_list_of_mappings_whose_mistakes_are_found_in_place() -> No
     assert [stage.steps for stage in config.train.stages] == [40, None]
     assert problems("v4_nano", "train.stages=[{steps:40,lenght:3},{steps:x}]") == [
         "train.stages[0].lenght=3: no such key; train.stages[0] has steps, sequence_length, "
-        "global_batch_size, micro_batch_size, learning_rate",
+        "global_batch_size, micro_batch_size, learning_rate, indexer_stage",
         "train.stages[1].steps=x: must be a whole number; for example train.stages=[]",
     ]
 

@@ -1,11 +1,14 @@
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from tests.unit.train.model.tiny import FULL, with_changes
+from tests.unit.train.model.images import ENCODER, SEEING, SEEING_FULL
+from tests.unit.train.model.tiny import FULL, MEMORY, with_changes
 from train.config import OptimConfig
+from train.model.config import ModelConfig
 from train.model.roles import parameter_roles
 from train.model.transformer import Transformer
 from train.optim.build import build_optimizer
@@ -41,10 +44,43 @@ def test_fused_matrices_are_named_one_by_one(model: Transformer) -> None:
     assert roles["layers.0.attention_site.phi"].rows == (2 * streams + streams**2,)
 
 
-@pytest.mark.parametrize("residual", ["plain", "hc", "mhc"])
-def test_every_parameter_has_a_role(residual: str) -> None:
-    model = Transformer(with_changes(FULL, residual=residual))
-    assert parameter_roles(model).keys() == {name for name, _ in model.named_parameters()}
+HYBRID = with_changes(FULL, attention="v4_hybrid", mtp_kind="v4")
+
+
+def test_grouped_projections_and_fused_attention_are_taken_apart() -> None:
+    roles = parameter_roles(Transformer(HYBRID))
+    groups = HYBRID.compressed.output_groups
+    assert roles["layers.0.attention.o_a.weight"].rows == (
+        (HYBRID.compressed.output_lora_rank,) * groups
+    )
+    assert roles["layers.1.attention.compressor.pool.logits"].kind == "vector"
+    roles = parameter_roles(Transformer(SEEING))
+    hidden = ENCODER.hidden_size
+    assert roles["vision.encoder.layers.0.qkv.weight"].rows == (hidden,) * 3
+
+
+CONFIGS = [
+    with_changes(FULL, residual="plain"),
+    with_changes(FULL, residual="hc"),
+    with_changes(FULL, residual="mhc_single_pass"),
+    with_changes(FULL, attention="dsa"),
+    with_changes(FULL, engram=replace(MEMORY, conv_kernel_size=0)),
+    HYBRID,
+    SEEING_FULL,
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=range(len(CONFIGS)))
+def test_every_parameter_has_a_role(config: ModelConfig) -> None:
+    model = Transformer(config)
+    roles = parameter_roles(model)
+    assert roles.keys() == {name for name, _ in model.named_parameters()}
+    # What is multiplied with activations is a matrix, and the rest is not.
+    matrices = {name for name, role in roles.items() if role.kind == "matrix"}
+    linear = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    ends = {name.rsplit(".", 1)[-1] for name in matrices - linear}
+    assert linear <= matrices
+    assert ends <= {"phi", "theta", "gate_up", "down", "weight"}
 
 
 def test_an_unknown_parameter_of_two_dimensions_is_refused() -> None:

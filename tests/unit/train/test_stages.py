@@ -6,7 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train.config import BatchSizeRampConfig, RunConfig, StageConfig, TrainConfig
-from train.stages import Phase, phases, problems, ramp_steps
+from train.model.attention.config import CompressedConfig
+from train.model.config import ModelConfig
+from train.stages import Phase, has_indexer, phases, problems, ramp_steps
 
 
 def recipe(**train: Any) -> RunConfig:
@@ -48,6 +50,22 @@ def test_the_ramp_belongs_to_the_first_stage() -> None:
     config = recipe(steps=12, stages=stages, batch_size_ramp=ramp)
     assert batch_sizes(phases(config)) == [4, 4, 8, 12, *[16] * 6, 8, 8]
     assert list(problems(config)) == []
+
+
+def test_the_stage_of_the_indexer_is_the_models_where_a_stage_says_none() -> None:
+    stages = (StageConfig(steps=2, indexer_stage="dense"), StageConfig())
+    for model, wrong in ((ModelConfig(attention="dsa"), 0), (ModelConfig(), 1)):
+        config = replace(recipe(steps=3, stages=stages), model=model)
+        assert [phase.indexer_stage for phase in phases(config)] == ["dense", "sparse"]
+        assert len(list(problems(config))) == wrong
+    assert phases(recipe())[0].indexer_stage is None
+
+
+def test_only_hybrids_with_csa_layers_have_an_indexer() -> None:
+    compressed = CompressedConfig(compress_ratios=(0, 16, 16, 16, 4), csa_ratio=4, hca_ratio=16)
+    hybrid = ModelConfig(attention="v4_hybrid", num_layers=4, compressed=compressed)
+    assert not has_indexer(hybrid)
+    assert has_indexer(replace(hybrid, mtp_depth=1))
 
 
 def test_a_run_may_end_within_its_ramp() -> None:
@@ -100,6 +118,11 @@ def test_the_ramp_is_exact_for_any_number_of_samples(
 @pytest.mark.parametrize(
     ("train", "start", "fix"),
     [
+        (
+            {"stages": (StageConfig(indexer_stage="dense"),)},
+            "train.stages[0].indexer_stage=dense: model.attention=mla has no indexer",
+            "use null, or model.attention=dsa",
+        ),
         (
             {"stages": (StageConfig(), StageConfig(steps=50))},
             "train.stages[0].steps=null: only the last stage",
