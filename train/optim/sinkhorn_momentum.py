@@ -27,7 +27,7 @@ class SinkhornMomentum(torch.optim.Optimizer):
     is the width of a row, so that the root of the mean square of a row's update is gamma x lr. No
     weight decay.
 
-    Communication: see `balance`; a few all-reduces of one row per table and step.
+    Communication: see `balance_`; a few all-reduces of one row per table and step.
 
     Args:
         groups: `params` and `learning_rate_multiplier`. Parameters are `[rows, n]`, plain or DTensors
@@ -66,20 +66,20 @@ class SinkhornMomentum(torch.optim.Optimizer):
         momentum.lerp_(gradient, 1.0 - self._momentum)
         direction = gradient.lerp(momentum, self._momentum)
         rows, width = parameter.shape
-        update = balance(direction, rows, Matrix(parameter, 0, rows).group)
-        local_part(parameter).add_(update, alpha=-self._update_rms * lr * width**0.5)
+        balance_(direction, rows, Matrix(parameter, 0, rows).group)
+        local_part(parameter).add_(direction, alpha=-self._update_rms * lr * width**0.5)
 
 
-def balance(
+def balance_(
     matrix: Float[Tensor, "local_rows width"],
     num_rows: int,
     group: dist.ProcessGroup | None = None,
-) -> Float[Tensor, "local_rows width"]:
-    """Give all rows norm 1 and all columns nearly the same norm, by `diag(r) matrix diag(c)`.
+) -> None:
+    """Give all rows norm 1 and all columns nearly the same norm, in place: `diag(r) matrix diag(c)`.
 
     Rows whose norm is at most tau times the mean row norm become 0. Then K times in turn each row
     and each column is divided by its L2 norm. That is Sinkhorn's iteration on the squares, so only
-    the scales r and c change from one pass to the next, never the matrix.
+    the scales r and c change from one pass to the next, and the matrix is written once.
 
     Communication: over `group`, one all-reduce of one number and (K - 1) / 2 of `width` numbers.
 
@@ -90,16 +90,15 @@ def balance(
     """
     norms = torch.linalg.vector_norm(matrix, dim=1)
     mean = _sum(norms.sum(), group) / num_rows
-    kept = (norms > _THRESHOLD * mean).unsqueeze(1)
     # Squares of tiny gradients would underflow; only ratios matter.
-    matrix = torch.where(kept, matrix / mean, 0.0)
+    matrix.mul_(torch.where(norms > _THRESHOLD * mean, 1.0 / mean, 0.0).unsqueeze(1))
     squares = matrix.square()
+    row = _inverse(squares.sum(1))
     column = squares.new_ones(squares.shape[1])
-    row = _inverse(squares @ column)
     for _ in range(_NORMALIZATIONS // 2):
         column = _inverse(_sum(row @ squares, group))
         row = _inverse(squares @ column)
-    return matrix * row.sqrt().unsqueeze(1) * column.sqrt()
+    matrix.mul_(row.sqrt().unsqueeze(1)).mul_(column.sqrt())
 
 
 def _sum(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
