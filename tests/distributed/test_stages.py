@@ -40,12 +40,13 @@ def recipe(corpus: Path, ranks: int) -> RunConfig:
         model=ModelConfig(
             vocab_size=512,
             hidden_size=32,
-            num_layers=2,
+            num_layers=1,
+            num_dense_layers=0,
             intermediate_size=64,
             attention="dsa",
             indexer=IndexerConfig(num_heads=2, head_dim=16, top_k=8),
             moe=MoeConfig(num_experts=4, expert_intermediate_size=16),
-            engram=EngramConfig(rows_per_head=50, head_dim=8),
+            engram=EngramConfig(layers=(0,), rows_per_head=50, head_dim=8),
             mtp_depth=1,
             mtp_loss_weight_final=0.1,
         ),
@@ -144,7 +145,7 @@ def test_the_warm_up_of_the_indexer_moves_nothing_else(
     before, after = tensors(tmp_path, 10), tensors(tmp_path, 12)
     weights = [key for key in before if key.startswith("model.")]
     changed = [key for key in weights if not torch.equal(before[key], after[key])]
-    assert len(changed) > 5
+    assert len(changed) > 3
     assert all(".indexer." in key for key in changed)
     # The bias of the routers moves without gradients.
     buffers = [key for key in before if key.startswith("buffer.")]
@@ -169,7 +170,7 @@ def test_resume_in_any_stage_is_bitwise_the_same_run(
     tiny_corpus: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
     # Stops within the ramp, at its end, within the stages and at their ends.
-    parts = [2, 1, 4, 3, 1, 1, 2, 99]
+    parts = [2, 1, 4, 3, 1, 99]
     codes = run_distributed(run, 2, recipe(tiny_corpus, ranks=2), tmp_path, parts)
     assert codes == [[85] * (len(parts) - 1) + [0]] * 2
     timed = ("tokens_per_second", "step_seconds", "data_wait_seconds", "peak_memory_bytes")
@@ -180,7 +181,7 @@ def test_resume_in_any_stage_is_bitwise_the_same_run(
     assert ours == theirs
     mine, other = tensors(tmp_path), tensors(uninterrupted)
     assert mine.keys() == other.keys()
-    assert sum(key.startswith("optim.momentum_buffer.") for key in mine) > 30
+    assert sum(key.startswith("optim.momentum_buffer.") for key in mine) > 20
     for key, value in other.items():
         same = torch.equal(mine[key], value) if torch.is_tensor(value) else mine[key] == value
         assert same, key
@@ -190,9 +191,9 @@ def test_a_run_goes_on_with_another_number_of_ranks(
     tiny_corpus: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
     run_distributed(run, 2, recipe(tiny_corpus, ranks=2), tmp_path, [5])
-    assert run_distributed(run, 1, recipe(tiny_corpus, ranks=1), tmp_path, [99]) == [[0]]
+    assert run_distributed(run, 1, recipe(tiny_corpus, ranks=1), tmp_path, [4]) == [[85]]
     ours, theirs = ([row["loss"] for row in records(path)] for path in (tmp_path, uninterrupted))
     assert ours[:5] == theirs[:5]
     # fp32 sums in another order; momentum arrives whole or the first step would show it.
     assert ours[5] == pytest.approx(theirs[5], rel=1e-5)
-    assert ours[-1] == pytest.approx(theirs[-1], rel=1e-2)
+    assert ours[6:] == pytest.approx(theirs[6:9], rel=1e-2)
