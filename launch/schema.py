@@ -49,18 +49,22 @@ def check(values: dict[str, Any]) -> tuple[RunConfig, dict[str, str]]:
 def without(values: dict[str, Any], paths: Iterable[str]) -> dict[str, Any]:
     """A copy of nested plain values that leaves the keys at `paths` to their defaults.
 
-    An entry that a user named has no default and goes as a whole.
+    An entry that a user named has no default and goes as a whole, and so does a part in which a
+    key without a default is missing.
     """
     copy: dict[str, Any] = json.loads(json.dumps(values))
     for path in paths:
         parts = path.partition("[")[0].split(".")
         named = [".".join(parts[:depth]) for depth in range(1, len(parts))]
         parts = next((entry.split(".") for entry in named if is_entry(entry)), parts)
-        node: Any = copy
+        nodes: list[Any] = [copy]
         for part in parts[:-1]:
-            node = node.get(part) if isinstance(node, dict) else None
-        if isinstance(node, dict):
-            node.pop(parts[-1], None)
+            nodes.append(nodes[-1].get(part) if isinstance(nodes[-1], dict) else None)
+        while isinstance(nodes[-1], dict) and parts[-1] not in nodes[-1] and len(parts) > 1:
+            nodes.pop()
+            parts = parts[:-1]
+        if isinstance(nodes[-1], dict):
+            nodes[-1].pop(parts[-1], None)
     return {"name": "recipe"} | copy
 
 
@@ -107,8 +111,11 @@ def show(value: object) -> str:
 
 
 def _child(annotation: object, name: str) -> _Kind:
-    """Type of the key `name` of a type; None if it has no such key."""
+    """Type of the key `name` of a type, or of its entry `name[0]`; None if it has no such key."""
     annotation = _without_none(annotation)
+    if name.endswith("]"):
+        entries = _child(annotation, name.partition("[")[0])
+        return get_args(entries)[0] if _is_list(entries) else None
     if is_dataclass(annotation):
         return get_type_hints(annotation).get(name) if name in _names(annotation) else None
     if get_origin(annotation) is dict and name:

@@ -15,6 +15,7 @@ from parallel.layout import ParallelLayout
 from train.config import RunConfig
 from train.model.rules import violations
 from train.recipe import from_plain, to_plain
+from train.stages import phases, problems
 
 Problems = Iterator[str]
 Rule = Callable[[RunConfig], Problems]
@@ -32,6 +33,7 @@ _MAY_BE_ZERO = {
     "optim.warmup_steps",
     "optim.final_fraction",
     "optim.decay_fraction",
+    "optim.momentum",
     "optim.beta1",
     "optim.beta2",
     "train.seed",
@@ -41,13 +43,14 @@ _MAY_BE_ZERO = {
     "model.mla.yarn.mscale",
     "model.mla.yarn.mscale_all_dim",
     "model.mtp_loss_weight",
+    "model.mtp_loss_weight_final",
     "model.hyper_connection.gate_init",
     "model.hyper_connection.phi_init_std",
     "model.hyper_connection.residual_bias_init",
 }
 
-_BELOW_ONE = ("optim.beta1", "optim.beta2")
-_AT_MOST_ONE = ("optim.final_fraction", "optim.decay_fraction")
+_BELOW_ONE = ("optim.beta1", "optim.beta2", "optim.momentum")
+_AT_MOST_ONE = ("optim.final_fraction", "optim.decay_fraction", "optim.decay_end")
 
 
 def validate(
@@ -103,7 +106,7 @@ def _ranges(config: RunConfig) -> Iterator[tuple[str, str]]:
 
 
 def _numbers(node: object, prefix: str = "") -> Iterator[tuple[str, int | float]]:
-    """Path and value of every number below a dataclass or dict; lists have rules of their own."""
+    """Path and value of every number below a dataclass or dict; lists of numbers have own rules."""
     items: list[tuple[str, object]] = []
     if is_dataclass(node):
         items = [(field.name, getattr(node, field.name)) for field in fields(node)]
@@ -112,6 +115,10 @@ def _numbers(node: object, prefix: str = "") -> Iterator[tuple[str, int | float]
     for name, value in items:
         if isinstance(value, dict) or is_dataclass(value):
             yield from _numbers(value, f"{prefix}{name}.")
+        elif isinstance(value, tuple):
+            for index, entry in enumerate(value):
+                if is_dataclass(entry):
+                    yield from _numbers(entry, f"{prefix}{name}[{index}].")
         elif isinstance(value, int | float) and not isinstance(value, bool):
             yield prefix + name, value
 
@@ -140,29 +147,59 @@ def _model(config: RunConfig) -> Problems:
 
 
 def _batch(config: RunConfig) -> Problems:
-    batch, micro = config.train.global_batch_size, config.train.micro_batch_size
-    data = config.parallel.data_parallel_size
+    train, data = config.train, config.parallel.data_parallel_size
+    yield from _batch_of("train", train.global_batch_size, train.micro_batch_size, data)
+    for index, stage in enumerate(train.stages):
+        if stage.global_batch_size or stage.micro_batch_size:
+            batch = stage.global_batch_size or train.global_batch_size
+            micro = stage.micro_batch_size or train.micro_batch_size
+            yield from _batch_of(f"train.stages[{index}]", batch, micro, data)
+
+
+def _batch_of(place: str, batch: int, micro: int, data: int) -> Problems:
     if batch % data:
         yield (
-            f"train.global_batch_size={batch}: must be a multiple of "
+            f"{place}.global_batch_size={batch}: must be a multiple of "
             f"parallel.data_parallel_size={data}; use {_list(_multiples(batch, data))}"
         )
     elif batch % (micro * data):
         yield (
-            f"train.micro_batch_size={micro}: times parallel.data_parallel_size={data} must divide "
-            f"train.global_batch_size={batch}; use {_list(_divisors(batch // data))}, or "
-            f"train.global_batch_size={_list(_multiples(batch, micro * data))}"
+            f"{place}.micro_batch_size={micro}: times parallel.data_parallel_size={data} must divide "
+            f"{place}.global_batch_size={batch}; use {_list(_divisors(batch // data))}, or "
+            f"{place}.global_batch_size={_list(_multiples(batch, micro * data))}"
         )
 
 
+def _ramp(config: RunConfig) -> Problems:
+    ramp, first = config.train.batch_size_ramp, phases(config)[0]
+    if ramp is None:
+        return
+    unit = first.micro_batch_size * config.parallel.data_parallel_size
+    for key, value in (("start", ramp.start), ("increment", ramp.increment)):
+        if value % unit:
+            yield (
+                f"train.batch_size_ramp.{key}={value}: must be a multiple of micro batch size x "
+                f"parallel.data_parallel_size = {unit}; use {_list(_multiples(value, unit))}"
+            )
+
+
 def _lanes(config: RunConfig) -> Problems:
-    lanes, data = config.data.num_lanes, config.parallel.data_parallel_size
-    batch = config.train.global_batch_size
-    if lanes is not None and (batch % lanes or lanes % data):
-        legal = [divisor for divisor in _divisors(batch) if divisor % data == 0]
+    data = config.parallel.data_parallel_size
+    lanes = config.data.num_lanes or config.train.global_batch_size
+    batches = sorted({phase.global_batch_size for phase in phases(config)})
+    if config.data.num_lanes is None and lanes % data:
+        return  # the rule of the batch says so
+    if lanes % data or any(batch % lanes for batch in batches):
+        legal: list[Any] = [n for n in _divisors(math.gcd(*batches)) if n % data == 0]
+        if not any(batch % config.train.global_batch_size for batch in batches):
+            legal.append("null")
+        fix = _list(legal) if legal else f"batches that are multiples of {data}"
+        shown = config.data.num_lanes or f"null (train.global_batch_size={lanes})"
+        all_of_them = "the batch sizes " + ", ".join(map(str, batches))
+        what = all_of_them if len(batches) > 1 else f"train.global_batch_size={batches[0]}"
         yield (
-            f"data.num_lanes={lanes}: must divide train.global_batch_size={batch} and be a "
-            f"multiple of parallel.data_parallel_size={data}; use {_list([*legal, 'null'])}"
+            f"data.num_lanes={shown}: must divide {what} and be a "
+            f"multiple of parallel.data_parallel_size={data}; use {fix}"
         )
 
 
@@ -190,19 +227,38 @@ def _evaluation(config: RunConfig) -> Problems:
 
 
 def _schedule(config: RunConfig) -> Problems:
-    warmup, steps = config.optim.warmup_steps, config.train.steps
+    optim, steps = config.optim, config.train.steps
+    warmup = optim.warmup_steps
     if warmup > steps:
         yield (
             f"optim.warmup_steps={warmup}: longer than train.steps={steps}; "
             f"use optim.warmup_steps={steps // 5} or train.steps={warmup * 5}"
         )
+    fraction = optim.decay_fraction or 0.0
+    if fraction > optim.decay_end:
+        yield (
+            f"optim.decay_fraction={fraction}: the decay would begin before the run; use "
+            f"optim.decay_end={optim.decay_end} or less"
+        )
+    if config.model.mtp_loss_weight_final is not None and optim.schedule == "constant":
+        yield (
+            f"model.mtp_loss_weight_final={config.model.mtp_loss_weight_final}: takes over where the "
+            "learning rate decays, and optim.schedule=constant never does; use null, or another "
+            "schedule"
+        )
+
+
+def _stages(config: RunConfig) -> Problems:
+    yield from problems(config)
 
 
 _RULES: list[Rule] = [
     _name,
     _layout,
     _model,
+    _stages,
     _batch,
+    _ramp,
     _lanes,
     _sources,
     _evaluation,

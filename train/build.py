@@ -23,8 +23,11 @@ from train.config import RunConfig
 from train.model.config import ModelConfig
 from train.model.engram_hash import compress_vocabulary
 from train.model.initialize import fill_buffers, parameter_init
+from train.model.roles import parameter_roles
 from train.model.transformer import Transformer
-from train.optim.groups import build_adamw, parameter_groups
+from train.optim.build import build_optimizer
+from train.optim.optimizers import Optimizers
+from train.stages import Phase, phases
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
@@ -38,14 +41,13 @@ class Training:
     device: torch.device
     meshes: Meshes
     model: Transformer
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizers
     data_rank: int
     """This rank's index among the ranks that see different sequences."""
 
-    @property
-    def tokens_per_step(self) -> int:
-        """Tokens of a global batch."""
-        return self.config.train.global_batch_size * self.config.data.sequence_length
+    def phase(self, step: int) -> Phase:
+        """What batches optimizer step `step` trains on."""
+        return next(phase for phase in phases(self.config) if step <= phase.last_step)
 
     @property
     def loss_dtype(self) -> torch.dtype:
@@ -57,10 +59,14 @@ class Training:
         """Type of sums over ranks that are reported: fp64 where the device has it."""
         return torch.float64 if self.backend.capabilities.fp64 else torch.float32
 
+    @property
+    def num_lanes(self) -> int:
+        """Virtual lanes of the data, the same in all phases."""
+        return self.config.data.num_lanes or self.config.train.global_batch_size
+
     def data_lanes(self) -> list[str]:
         """Names of the data lanes that this rank owns."""
-        lanes = self.config.data.num_lanes or self.config.train.global_batch_size
-        return owned_lanes(lanes, self.data_rank, self.config.parallel.data_parallel_size)
+        return owned_lanes(self.num_lanes, self.data_rank, self.config.parallel.data_parallel_size)
 
 
 def build(config: RunConfig) -> Training:
@@ -95,14 +101,19 @@ def build(config: RunConfig) -> Training:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     meshes = build_mesh(layout, backend.device_type)
     model = build_model(config, layout, meshes, device)
-    groups = parameter_groups(model.named_parameters(), model.engram_tables(), config.optim)
+    optimizer = build_optimizer(
+        dict(model.named_parameters()),
+        parameter_roles(model),
+        config.optim,
+        iteration_dtype=_DTYPES[config.train.dtype],
+    )
     return Training(
         config=config,
         backend=backend,
         device=device,
         meshes=meshes,
         model=model,
-        optimizer=build_adamw(groups, config.optim),
+        optimizer=optimizer,
         data_rank=layout.data_rank(dist.get_rank()),
     )
 

@@ -7,7 +7,10 @@ from pydantic import ConfigDict
 
 from data.config import DataConfig
 from parallel.config import ParallelConfig
+from train.model.attention.config import IndexerStage
 from train.model.config import ModelConfig
+
+TableKind = Literal["engram", "embedding", "head"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -16,8 +19,18 @@ class OptimConfig:
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """Of the weight matrices. Vectors are always on AdamW; muon: as in DeepSeek-V4."""
+    table_optimizer: Literal["adamw", "sinkhorn"] = "adamw"
+    """Of the tables in `tables`; sinkhorn: the Sinkhorn-balanced momentum of DeepSeek-V4.1."""
+    tables: tuple[TableKind, ...] = ("engram", "embedding", "head")
+    """What `table_optimizer` updates; the other tables are on AdamW."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
+    momentum: float = 0.95
+    """Nesterov momentum of muon and sinkhorn."""
+    update_rms: float = 0.18
+    """Root mean square of an update of muon and sinkhorn over the learning rate (gamma)."""
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-20
@@ -29,14 +42,51 @@ class OptimConfig:
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global L2 norm."""
     schedule: Literal["constant", "cosine", "step", "wsd"] = "cosine"
-    """After the warm-up: constant; cosine to the end; step: x0.316 at 80 % and x0.1 at 90 % of the
-    steps (mHC, table 5); wsd: constant, then linear over the last `decay_fraction`."""
+    """After the warm-up: constant; cosine and wsd: constant, then down along a cosine or a line;
+    step: x0.316 at 80 % and x0.1 at 90 % of the steps (mHC, table 5)."""
     warmup_steps: int = 20
     """Linear from 0."""
     final_fraction: float = 0.1
-    """Learning rate at the end over the peak, for cosine and wsd."""
-    decay_fraction: float = 0.2
-    """Share of the steps that decays, for wsd."""
+    """Learning rate after the decay over the peak, for cosine and wsd."""
+    decay_fraction: float | None = None
+    """Share of the steps that decays, for cosine and wsd; null: cosine all after the warm-up, wsd
+    0.2."""
+    decay_end: float = 1.0
+    """Share of the steps at which the decay of cosine and wsd has ended; constant from there."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchSizeRampConfig:
+    """From a small global batch to the full one, as megatron-core's `rampup-batch-size`."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    start: int
+    """Sequences in the first optimizer steps."""
+    increment: int
+    """Sequences that are added at a time, in equal intervals of `samples`."""
+    samples: int
+    """Sequences of the run before the batch is full."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageConfig:
+    """A part of the run with its own batches. A key that is null is that of the run."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    steps: int | None = None
+    """Optimizer steps; null, in the last stage only: what is left of `train.steps`."""
+    sequence_length: int | None = None
+    """Tokens in a packed sequence; null: `data.sequence_length`."""
+    global_batch_size: int | None = None
+    """Sequences in an optimizer step; null: `train.global_batch_size`."""
+    micro_batch_size: int | None = None
+    """Sequences that one rank computes at a time; null: `train.micro_batch_size`."""
+    learning_rate: float | None = None
+    """Constant in the stage, in place of `optim.schedule`."""
+    indexer_stage: IndexerStage | None = None
+    """Training stage of sparse attention; null: `model.indexer.stage`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +103,11 @@ class TrainConfig:
     """Sequences in an optimizer step, over all ranks."""
     micro_batch_size: int = 4
     """Sequences that one rank computes at a time."""
+    batch_size_ramp: BatchSizeRampConfig | None = None
+    """Grow the batch at the start of the run to `global_batch_size`; null: full from the start."""
+    stages: tuple[StageConfig, ...] = ()
+    """Parts of the run one after the other, such as 4K, 16K, 64K and 1M tokens a sequence; empty:
+    one. Evaluation keeps `data.sequence_length` and `micro_batch_size`."""
     dtype: Literal["fp32", "bf16", "fp64"] = "fp32"
     """Compute type; master weights and optimizer states stay fp32 (fp64 for fp64)."""
     deterministic: bool = True

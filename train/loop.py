@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch.distributed as dist
@@ -14,6 +14,7 @@ from train.checkpoint.state import Progress, restore, save
 from train.config import RunConfig
 from train.evaluate import evaluate
 from train.metrics import MetricsLog, Record, append_event, open_sinks
+from train.stages import Phase, phases
 from train.step import train_step
 from train.stop import STOPPED_EXIT_CODE, StopRequest
 
@@ -26,21 +27,21 @@ def train(config: RunConfig, run_dir: Path, stop: StopRequest) -> int:
     """
     training = build(config)
     corpus = fingerprint(config.data)
-    restored = resume(training, run_dir, corpus)
-    progress = restored or Progress(step=0, tokens=0, data_state={})
+    progress = resume(training, run_dir, corpus)
     with ExitStack() as stack:
         log = open_log(training, run_dir, progress.step, stack)
-        batches = open_batches(training, restored)
+        batches = open_batches(training, progress)
         exit_code = 0
         while progress.step < config.train.steps and exit_code == 0:
             started = time.perf_counter()
-            batch, data_state = next(batches)
+            phase, batch, data_state = next(batches)
             fetched = time.perf_counter()
             step = progress.step + 1
             record = train_step(training, batch, step)
-            tokens = training.tokens_per_step
-            progress = Progress(step=step, tokens=progress.tokens + tokens, data_state=data_state)
-            record |= timing(training, tokens, started, fetched)
+            tokens = progress.tokens + phase.tokens_per_step
+            progress = Progress(step=step, tokens=tokens, data_state=data_state)
+            record |= batch_shape(phase)
+            record |= timing(training, phase.tokens_per_step, started, fetched)
             if due(step, config.evaluate.every_steps, config.train.steps):
                 record |= evaluate(training)
             if log:
@@ -63,8 +64,8 @@ def train(config: RunConfig, run_dir: Path, stop: StopRequest) -> int:
     return exit_code
 
 
-def resume(training: Training, run_dir: Path, corpus: str) -> Progress | None:
-    """Load the newest checkpoint into `training`; None where there is none."""
+def resume(training: Training, run_dir: Path, corpus: str) -> Progress:
+    """Load the newest checkpoint into `training`; the start of the run where there is none."""
     rng_state = training.backend.rng_state()
     progress = restore(
         run_dir,
@@ -76,7 +77,7 @@ def resume(training: Training, run_dir: Path, corpus: str) -> Progress | None:
     )
     training.backend.set_rng_state(rng_state)
     training.backend.reset_peak_memory()
-    return progress
+    return progress or Progress(step=0, tokens=0, data_state={})
 
 
 def open_log(
@@ -97,19 +98,44 @@ def open_log(
 
 
 def open_batches(
-    training: Training, restored: Progress | None
-) -> Iterator[tuple[Batch, dict[str, str]]]:
-    """This rank's part of every global batch from here on."""
-    config = training.config
-    return build_loader(
-        config.data,
-        split="train",
-        seed=config.train.seed,
-        global_batch_size=config.train.global_batch_size,
-        data_rank=training.data_rank,
-        data_size=config.parallel.data_parallel_size,
-        state=restored.data_state if restored else None,
-    )
+    training: Training, progress: Progress
+) -> Iterator[tuple[Phase, Batch, dict[str, str]]]:
+    """This rank's part of every global batch after `progress`, with its phase.
+
+    Where batches change their shape a new loader goes on at the lanes' positions: no document is
+    lost or read twice, and the positions do not depend on the shapes.
+    """
+    config, data_state = training.config, progress.data_state or None
+    for phase in phases(config):
+        steps = range(max(phase.first_step, progress.step + 1), phase.last_step + 1)
+        if not steps:
+            continue
+        loader = build_loader(
+            replace(
+                config.data,
+                sequence_length=phase.sequence_length,
+                num_lanes=training.num_lanes,
+            ),
+            split="train",
+            seed=config.train.seed,
+            global_batch_size=phase.global_batch_size,
+            data_rank=training.data_rank,
+            data_size=config.parallel.data_parallel_size,
+            state=data_state,
+        )
+        for _ in steps:
+            batch, data_state = next(loader)
+            yield phase, batch, data_state
+        del loader  # ends its thread, and what it prepared ahead is prepared again
+
+
+def batch_shape(phase: Phase) -> Record:
+    """Which part of the run a step belongs to."""
+    return {
+        "stage": phase.stage,
+        "sequence_length": phase.sequence_length,
+        "global_batch_size": phase.global_batch_size,
+    }
 
 
 def timing(training: Training, tokens: int, started: float, fetched: float) -> Record:

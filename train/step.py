@@ -22,8 +22,7 @@ from train.model.mtp import mtp_labels
 from train.model.multimodal.placeholders import check_images
 from train.monitor.indexer import indexer_metrics
 from train.monitor.routing import routing_metrics
-from train.optim.groups import set_learning_rate
-from train.optim.schedule import learning_rate
+from train.optim.schedule import learning_rate, mtp_loss_weight
 
 
 def train_step(training: Training, batch: Batch, step: int) -> Record:
@@ -38,18 +37,21 @@ def train_step(training: Training, batch: Batch, step: int) -> Record:
         FloatingPointError: loss or gradient norm is not finite; on all ranks alike, and before the
             parameters change.
     """
-    config, model = training.config, training.model
+    config, model, phase = training.config, training.model, training.phase(step)
+    mtp_weight = mtp_loss_weight(config, step)
     check_images(config.model.vision, batch.input_ids, batch.labels, batch.vision)
     model.train()
+    if phase.indexer_stage is not None:
+        model.set_indexer_stage(phase.indexer_stage)
     valid, tokens = count_labels(training, batch)
-    set_loss_scales(training, tokens)
+    set_loss_scales(training, phase.global_batch_size, tokens)
     sums = torch.zeros(3, dtype=training.sum_dtype, device=training.device)
-    microbatches = split(batch, config.train.micro_batch_size)
+    microbatches = split(batch, phase.micro_batch_size)
     for index, part in enumerate(microbatches):
         set_gradient_sync(model, index == len(microbatches) - 1)
         losses = token_losses(training, part) / valid
         main, mtp = losses.unbind()
-        (main + config.model.mtp_loss_weight * mtp).backward()  # type: ignore[no-untyped-call]
+        (main + mtp_weight * mtp).backward()  # type: ignore[no-untyped-call]
         sums[:2] += losses.detach()
     sums[2] = sum(moe.take_balance_loss() for moe in model.moe_layers())
     dist.all_reduce(sums)
@@ -58,12 +60,12 @@ def train_step(training: Training, batch: Batch, step: int) -> Record:
     ).item()
     loss_main, loss_mtp, loss_balance = sums.tolist()
     indexing = reduce_indexer_sums(training, tokens)
-    loss = loss_main + config.model.mtp_loss_weight * loss_mtp + loss_balance
+    loss = loss_main + mtp_weight * loss_mtp + loss_balance
     loss += indexing.get("loss_indexer", 0.0)
     guard_finite(step, loss=loss, gradient_norm=gradient_norm)
 
-    rate = learning_rate(config.optim, step, config.train.steps)
-    set_learning_rate(training.optimizer, rate)
+    rate = phase.learning_rate or learning_rate(config.optim, step, config.train.steps)
+    training.optimizer.set_learning_rate(rate)
     training.optimizer.step()
     training.optimizer.zero_grad()
     record: Record = {"loss": loss, "loss_main": loss_main}
@@ -121,18 +123,19 @@ def count_labels(training: Training, batch: Batch) -> tuple[Float[Tensor, "2"], 
     return counts[:2].clamp(min=1.0).to(training.loss_dtype), counts[2].item()
 
 
-def set_loss_scales(training: Training, tokens: float) -> None:
+def set_loss_scales(training: Training, sequences: int, tokens: float) -> None:
     """Give every layer with a loss of its own the factor that makes local sums add up to the mean.
 
     Args:
         training: its MoE layers and indexers are set.
+        sequences: of the global batch.
         tokens: of the global batch.
     """
-    model, config = training.model, training.config
+    model, config = training.model, training.config.model
     for moe in model.moe_layers():
-        moe.balance_scale = config.model.moe.balance_loss_weight / config.train.global_batch_size
+        moe.balance_scale = config.moe.balance_loss_weight / sequences
     for indexer in model.indexers():
-        indexer.loss_scale = config.model.indexer.loss_weight / tokens
+        indexer.loss_scale = config.indexer.loss_weight / tokens
 
 
 def guard_finite(step: int, *, loss: float, gradient_norm: float) -> None:

@@ -1,6 +1,8 @@
 """The whole V4 stack, trained on one rank and on sharded layouts: the same numbers in fp64."""
 
 import os
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,13 @@ from train.step import train_step
 STEPS = 3
 
 
-def recipe(corpus: Path, residual: str, data: int, expert: int, micro: int) -> RunConfig:
+ADAMW = OptimConfig(warmup_steps=0, eps=1e-8)
+MUON = replace(ADAMW, optimizer="muon", table_optimizer="sinkhorn")
+
+
+def recipe(
+    corpus: Path, residual: str, data: int, expert: int, micro: int, optim: OptimConfig = ADAMW
+) -> RunConfig:
     newer = residual == "mhc_single_pass"
     return RunConfig(
         name="layouts",
@@ -47,7 +55,7 @@ def recipe(corpus: Path, residual: str, data: int, expert: int, micro: int) -> R
             tokenizer=str(corpus / "tokenizer.json"),
             sequence_length=48,
         ),
-        optim=OptimConfig(warmup_steps=0, eps=1e-8),
+        optim=optim,
         train=TrainConfig(steps=STEPS, global_batch_size=8, micro_batch_size=micro, dtype="fp64"),
     )
 
@@ -83,23 +91,33 @@ def train_rank(rank: int, config: RunConfig) -> list[dict[str, Any]]:
     return found if rank == 0 else []
 
 
+@cache
+def one_rank(corpus: Path, residual: str, optim: OptimConfig) -> list[dict[str, Any]]:
+    [found] = run_distributed(train_rank, 1, recipe(corpus, residual, 1, 1, 8, optim))
+    trace: list[dict[str, Any]] = found
+    return trace
+
+
 CASES = [
-    ("mhc", 4, 2, 1),
-    ("mhc", 2, 2, 2),
-    ("mhc", 4, 4, 2),
-    ("hc", 4, 2, 1),
-    ("plain", 4, 2, 1),
-    ("mhc_single_pass", 4, 2, 1),
+    ("mhc", 4, 2, 1, ADAMW),
+    ("mhc", 2, 2, 2, ADAMW),
+    ("mhc", 4, 4, 2, ADAMW),
+    ("hc", 4, 2, 1, ADAMW),
+    ("plain", 4, 2, 1, ADAMW),
+    ("mhc_single_pass", 4, 2, 1, ADAMW),
+    ("mhc", 2, 1, 2, MUON),
+    ("mhc", 4, 2, 1, MUON),
 ]
 
 
-@pytest.mark.parametrize(("residual", "data", "expert", "micro"), CASES)
+@pytest.mark.parametrize(("residual", "data", "expert", "micro", "optim"), CASES)
 def test_losses_norms_and_parameters_do_not_depend_on_the_layout(
-    tiny_corpus: Path, residual: str, data: int, expert: int, micro: int
+    tiny_corpus: Path, residual: str, data: int, expert: int, micro: int, optim: OptimConfig
 ) -> None:
     assert "MNEME_BACKEND" not in os.environ
-    [reference] = run_distributed(train_rank, 1, recipe(tiny_corpus, residual, 1, 1, 8))
-    found = run_distributed(train_rank, data, recipe(tiny_corpus, residual, data, expert, micro))
+    reference = one_rank(tiny_corpus, residual, optim)
+    layout = recipe(tiny_corpus, residual, data, expert, micro, optim)
+    found = run_distributed(train_rank, data, layout)
     for ours, theirs in zip(found[0], reference, strict=True):
         for name in ("loss", "loss_main", "loss_mtp", "loss_balance", "grad_norm"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-12), name

@@ -109,7 +109,8 @@ def test_stages_move_what_they_should(reference: list[dict[str, Any]]) -> None:
     indexers = {name for name in names if ".indexer." in name}
     assert moved(reference[0], reference[1]) == indexers
     assert moved(reference[1], reference[2]) == indexers
-    assert moved(reference[2], reference[3]) == names
+    # The convolution was still 0, so the norm before it had no gradient, and norms do not decay.
+    assert moved(reference[2], reference[3]) == names - {"layers.1.engram.conv_norm"}
     for frozen in (1, 2):
         for before, after in zip(reference[0]["bias"], reference[frozen]["bias"], strict=True):
             assert np.array_equal(before, after)

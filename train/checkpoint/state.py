@@ -1,7 +1,7 @@
 """What a checkpoint holds: one flat dictionary with global names, written by torch DCP.
 
     model.<name>            parameters (sharded; DCP reshards them when the layout changes)
-    optim.<key>.<name>      AdamW's exp_avg, exp_avg_sq and step, by parameter name
+    optim.<key>.<name>      state of its optimizer: exp_avg, exp_avg_sq and step, or momentum_buffer
     buffer.<name>           persistent buffers, such as the router's load-balancing bias
     data.lane/<number>      the position of each virtual lane of the data, as JSON
     rng.<rank>              random-number state of each rank's device
@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
 from train.checkpoint.commit import begin, checkpoint_path, commit, newest_checkpoint, remove_old
+from train.optim.optimizers import Optimizers
 
 FORMAT_VERSION = 1
 
@@ -42,7 +42,7 @@ class Progress:
 def save(
     run_dir: Path,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizers,
     progress: Progress,
     *,
     rng_state: Tensor,
@@ -59,8 +59,6 @@ def save(
     if first:
         begin(run_dir, progress.step)
     dist.barrier()
-    # What is frozen now may learn when the run goes on: the contents do not depend on it.
-    create_optimizer_states(optimizer)
     state = _tensors(model, optimizer) | {f"data.{k}": v for k, v in progress.data_state.items()}
     state[f"rng.{dist.get_rank()}"] = rng_state
     save_distributed(state, checkpoint_id=temporary)
@@ -82,7 +80,7 @@ def save(
 def restore(
     run_dir: Path,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizers,
     lanes: Iterable[str],
     *,
     rng_state: Tensor,
@@ -93,7 +91,7 @@ def restore(
     Args:
         run_dir: the run.
         model: its parameters and buffers are overwritten.
-        optimizer: its states are created and overwritten.
+        optimizer: its states are overwritten.
         lanes: names of the data lanes that this rank owns.
         rng_state: overwritten with this rank's, if the world has the size that it was saved with.
         corpus: fingerprint of today's corpus.
@@ -115,7 +113,6 @@ def restore(
             f"data.sources: the corpus or tokenizer changed since {path} was saved (fingerprint "
             f"{meta['corpus'][:12]}, now {corpus[:12]}); put the old corpus back, or start a new run"
         )
-    create_optimizer_states(optimizer)
     state = _tensors(model, optimizer) | {f"data.{lane}": "" for lane in lanes}
     if meta["world_size"] == dist.get_world_size():
         state[f"rng.{dist.get_rank()}"] = rng_state
@@ -124,23 +121,12 @@ def restore(
     return Progress(step=step, tokens=meta["tokens"], data_state=positions)
 
 
-def create_optimizer_states(optimizer: torch.optim.Optimizer) -> None:
-    """Give AdamW the states it would make at its first step, so that a load has somewhere to go."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            state = optimizer.state[parameter]
-            if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-                state["exp_avg"] = torch.zeros_like(parameter)
-                state["exp_avg_sq"] = torch.zeros_like(parameter)
-
-
-def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def _tensors(model: nn.Module, optimizer: Optimizers) -> dict[str, Any]:
     """The live tensors by their global names; DCP loads into them in place."""
     named = dict(model.named_parameters())
     state: dict[str, Any] = {f"model.{name}": parameter for name, parameter in named.items()}
     for name, parameter in named.items():
-        for key, value in optimizer.state[parameter].items():
+        for key, value in optimizer.state_of(parameter).items():
             state[f"optim.{key}.{name}"] = value
     persistent = model.state_dict().keys() - named.keys()
     buffers = ((name, value) for name, value in model.named_buffers() if name in persistent)

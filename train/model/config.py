@@ -105,6 +105,8 @@ class ModelConfig:
     eq. 21); v4: every stream enters, plus the embedding, and the block has a read-out of its own."""
     mtp_loss_weight: float = 0.3
     """lambda of the multi-token-prediction loss."""
+    mtp_loss_weight_final: float | None = None
+    """lambda from where the learning rate begins to decay (V4: 0.1); null: as before."""
     swiglu_limit: float | None = 10.0
     """Clamp of the SwiGLU: gate <= limit, up in [-limit, limit] (V4); null switches it off."""
     rms_norm_eps: float = 1e-6

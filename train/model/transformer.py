@@ -192,10 +192,6 @@ class Transformer(nn.Module):
             if isinstance(module, Engram)
         }
 
-    def engram_tables(self) -> set[str]:
-        """Names of the parameters that are memory tables."""
-        return {f"layers.{index}.engram.table.weight" for index in self.engram_layers()}
-
     def parts(self) -> ModelParts:
         """What parallelism is applied to.
 

@@ -97,6 +97,24 @@ def test_all_mistakes_are_reported_at_once() -> None:
         assert any(problem.startswith(start) for problem in found), start
 
 
+def test_stages_are_a_list_of_mappings_whose_mistakes_are_found_in_place() -> None:
+    config = compose("v4_nano", ["train.stages=[{steps:40,sequence_length:64},{}]"]).config
+    assert [stage.steps for stage in config.train.stages] == [40, None]
+    assert problems("v4_nano", "train.stages=[{steps:40,lenght:3},{steps:x}]") == [
+        "train.stages[0].lenght=3: no such key; train.stages[0] has steps, sequence_length, "
+        "global_batch_size, micro_batch_size, learning_rate, indexer_stage",
+        "train.stages[1].steps=x: must be a whole number; for example train.stages=[]",
+    ]
+
+
+def test_a_missing_key_is_reported_and_its_part_left_out() -> None:
+    found = problems("v4_nano", "train.batch_size_ramp={start:4,increment:4}", "train.seed=x")
+    assert sorted(found) == [
+        "train.batch_size_ramp.samples: missing; type train.batch_size_ramp.samples=VALUE",
+        "train.seed=x: must be a whole number; for example train.seed=0",
+    ]
+
+
 def test_rules_across_parts_are_reported_beside_wrong_keys() -> None:
     found = problems("v4_nano", "model.hiden_size=3", "model.mtp_depth=2", nproc=8)
     assert [problem.split(":")[0] for problem in found[:2]] == [

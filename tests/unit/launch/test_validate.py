@@ -52,6 +52,48 @@ def test_the_quick_start_is_valid(nano: RunConfig) -> None:
             "use 4, 8, 16 or null",
         ),
         (
+            {
+                "data__num_lanes": 4,
+                "train__batch_size_ramp": {"start": 16, "increment": 8, "samples": 64},
+                "train__global_batch_size": 32,
+            },
+            "train.batch_size_ramp.increment=8: must be a multiple of micro batch size x",
+            "parallel.data_parallel_size = 16; use 16",
+        ),
+        (
+            {
+                "train__micro_batch_size": 1,
+                "train__batch_size_ramp": {"start": 8, "increment": 8, "samples": 64},
+            },
+            "data.num_lanes=null (train.global_batch_size=16): must divide the batch sizes 8, 16",
+            "use 4 or 8",
+        ),
+        (
+            {"data__num_lanes": 4, "train__stages": [{"steps": 40, "global_batch_size": 24}, {}]},
+            "train.stages[0].micro_batch_size=4: times parallel.data_parallel_size=4 must divide",
+            "use 1, 2, 3 or 6, or train.stages[0].global_batch_size=16 or 32",
+        ),
+        (
+            {"train__stages": [{"steps": 40}, {"steps": 50}]},
+            "train.steps=80: train.stages take 90 steps",
+            "use train.steps=90, or steps: null in the last stage",
+        ),
+        (
+            {"train__stages": [{"steps": 0}, {}]},
+            "train.stages[0].steps=0: must be positive",
+            "use train.stages[0].steps=1 or more",
+        ),
+        (
+            {"optim__decay_fraction": 0.9, "optim__decay_end": 0.8},
+            "optim.decay_fraction=0.9: the decay would begin before the run",
+            "use optim.decay_end=0.8 or less",
+        ),
+        (
+            {"model__mtp_loss_weight_final": 0.1, "optim__schedule": "constant"},
+            "model.mtp_loss_weight_final=0.1: takes over where the learning rate decays",
+            "use null, or another schedule",
+        ),
+        (
             {"data__num_lanes": 2},
             "data.num_lanes=2: must divide",
             "use 4, 8, 16 or null",
