@@ -61,12 +61,6 @@ def _own_roles(module: nn.Module) -> dict[str, Role]:
             roles = {"gate_up": _stacked(2, width), "down": _stacked(1, hidden)}
         case VisionBlock():
             roles = {"qkv.weight": _stacked(3, module.qkv.in_features)}
-        case ManifoldHyperConnection() | GatedReadOut():
-            # One matrix, as V4 stores it. The gradient of its rows for H_res is 0 while all streams
-            # are equal, as at the start: alone, Muon would blow its rounding up to a full step.
-            roles = {"phi": _stacked(1, len(module.phi))}
-        case HyperConnection():
-            roles = {"theta": _stacked(1, len(module.theta))}
         case Compressor():
             width = len(module.norm.weight)
             series = _stacked(module.kv.out_features // width, width)
@@ -77,7 +71,21 @@ def _own_roles(module: nn.Module) -> dict[str, Role]:
             vectors = ("query_norm", "key_norm", "conv_norm", "conv")
             roles = {"key.weight": _stacked(*module.query_norm.shape)}
             roles |= dict.fromkeys(vectors, Role("vector"))
+        case _:
+            roles = _connection_roles(module)
     return roles
+
+
+def _connection_roles(module: nn.Module) -> dict[str, Role]:
+    """Rules for the maps of the residual streams."""
+    match module:
+        case ManifoldHyperConnection() | GatedReadOut():
+            # One matrix, as V4 stores it. The gradient of its rows for H_res is 0 while all streams
+            # are equal, as at the start: alone, Muon would blow its rounding up to a full step.
+            return {"phi": _stacked(1, len(module.phi))}
+        case HyperConnection():
+            return {"theta": _stacked(1, len(module.theta))}
+    return {}
 
 
 def _table(module: EngramTable | TokenEmbedding | OutputHead) -> Role:
