@@ -164,16 +164,18 @@ def reduce_indexer_sums(training: Training, tokens: float) -> Record:
 
 
 def update_router_bias(training: Training) -> Record:
-    """Move every router's load-balancing bias once, unless the model is frozen; returns load metrics.
+    """Move the load-balancing bias of every router that has one; returns the load metrics.
+
+    Nothing while the model is frozen: then no backward pass reaches a router, which is what counts.
 
     Communication: one all-reduce of the token counts [MoE layers, experts] over the world.
     """
     layers = training.model.moe_layers()
-    if not layers:
+    if not layers or training.model.is_frozen:
         return {}
     counts = torch.stack([moe.take_load_counts() for moe in layers])
     dist.all_reduce(counts)
-    if not training.model.is_frozen:
-        for moe, layer_counts in zip(layers, counts, strict=True):
-            moe.update_bias(layer_counts)
-    return routing_metrics(counts, [moe.expert_bias for moe in layers])
+    for moe, layer_counts in zip(layers, counts, strict=True):
+        moe.router.update_bias(layer_counts)
+    biases = [moe.expert_bias for moe in layers]
+    return routing_metrics(counts, [bias for bias in biases if bias is not None])
