@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tests.unit.train.model.tiny import TINY, build, relative_error
 from train.model.attention.config import IndexerConfig, YarnConfig
 from train.model.config import ModelConfig
+from train.model.moe.config import MoeConfig
 from train.model.transformer import Transformer
 
 CONFIG = replace(TINY, residual="plain", swiglu_limit=None)
@@ -63,7 +64,8 @@ def tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from module.named_buffers()
 
 
-def transformers_model(ours: Transformer) -> nn.Module:
+def transformers_model(ours: Transformer, *, attn_implementation: str = "eager") -> nn.Module:
+    """Their model with our weights."""
     from transformers import (  # noqa: PLC0415
         DeepseekV3Config,
         DeepseekV3ForCausalLM,
@@ -71,7 +73,7 @@ def transformers_model(ours: Transformer) -> nn.Module:
         DeepseekV32ForCausalLM,
     )
 
-    fields = config_fields(ours.config)
+    fields = config_fields(ours.config) | {"attn_implementation": attn_implementation}
     model: nn.Module
     if ours.config.attention == "dsa":
         indexer = ours.config.indexer
@@ -123,7 +125,6 @@ def config_fields(config: ModelConfig) -> dict[str, Any]:
         "n_group": moe.num_expert_groups,
         "topk_group": moe.num_groups_per_token,
         "norm_topk_prob": True,
-        "attn_implementation": "eager",
     }
 
 
