@@ -9,14 +9,14 @@ import math
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from data.loader import Batch
 from parallel.apply import set_gradient_sync
 from parallel.gradients import clip_by_global_norm
 from train.build import Training
+from train.loss import summed_cross_entropy
 from train.metrics import Record
 from train.model.mtp import mtp_labels
 from train.model.multimodal.placeholders import check_images
@@ -98,14 +98,6 @@ def token_losses(training: Training, part: Batch) -> Float[Tensor, "2"]:
     for logits in output.mtp_logits:
         mtp = mtp + summed_cross_entropy(logits, mtp_labels(labels, documents))
     return torch.stack([main, mtp])
-
-
-def summed_cross_entropy(
-    logits: Float[Tensor, "batch seq vocab"], labels: Int[Tensor, "batch seq"]
-) -> Float[Tensor, ""]:
-    """Cross-entropy summed over the valid labels (>= 0), computed in fp32 or wider."""
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    return F.cross_entropy(wide.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
 
 
 def count_labels(training: Training, batch: Batch) -> tuple[Float[Tensor, "2"], float]:

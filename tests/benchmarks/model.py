@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from launch.bench import Row
 from tests.parity.test_model_v3 import transformers_model
 from tests.unit.train.model.tiny import build
+from train.loss import summed_cross_entropy
 from train.model.attention.config import MlaConfig
 from train.model.config import ModelConfig
 from train.model.moe.config import MoeConfig
 from train.model.transformer import Transformer
-from train.step import summed_cross_entropy
 
 SETTINGS = {
     "OMP_NUM_THREADS": "1",
