@@ -170,10 +170,12 @@ def test_zero_is_fine_where_it_means_none(nano: RunConfig) -> None:
 
 
 def test_everything_is_reported_at_once(nano: RunConfig) -> None:
-    broken = changed(nano, model__mtp_depth=2, train__micro_batch_size=3, model__attention="dsa")
+    broken = changed(
+        nano, model__mtp_depth=2, train__micro_batch_size=3, model__moe__num_hash_layers=9
+    )
     found = validate(broken, nproc=3)
     assert [problem.split("=")[0] for problem in found] == [
-        "model.attention",
+        "model.moe.num_hash_layers",
         "model.mtp_depth",
         "train.micro_batch_size",
         "world size ",

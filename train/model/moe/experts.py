@@ -52,10 +52,11 @@ def grouped_linear(
 ) -> Float[Tensor, "rows out_size"]:
     """`x @ weight_e^T` for the rows x of every expert e, one expert after the other in `rows`.
 
-    A grouped matrix product where torch has one for the type and widths, else a loop.
+    A grouped matrix product where torch has one: not in fp64, not for rows that are no multiple of
+    16 bytes, not for no rows at all. Else a loop.
     """
-    bytes_per_row = [size * rows.element_size() for size in weights.shape[1:]]
-    if rows.dtype != torch.float64 and all(size % 16 == 0 for size in bytes_per_row):
+    aligned = all(size * rows.element_size() % 16 == 0 for size in weights.shape[1:])
+    if len(rows) and aligned and rows.dtype != torch.float64:
         ends = counts.cumsum(0).to(torch.int32)
         out: Tensor = _GroupedLinear.apply(rows, weights, ends)  # type: ignore[no-untyped-call]
         return out

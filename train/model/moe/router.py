@@ -222,7 +222,8 @@ class _CountInBackward(torch.autograd.Function):
         ctx: Any, weights: Tensor, counts: Tensor, loss: Tensor | None, router: Router
     ) -> Tensor:
         ctx.counts, ctx.loss, ctx.router = counts, loss, router
-        return weights.view_as(weights)
+        # detach() shares the memory without being a view, of which FSDP2 warns.
+        return weights.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

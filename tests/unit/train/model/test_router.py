@@ -170,6 +170,10 @@ def test_hash_tables_depend_on_seed_and_layer_and_travel_in_checkpoints() -> Non
     assert not torch.equal(table, hash_router(layer=1).expert_table)
     assert not torch.equal(table, hash_router(replace(CONFIG, hash_seed=1)).expert_table)
     assert "expert_table" in hash_router().state_dict()
+    with torch.device("meta"):
+        made = HashRouter(CONFIG, "hash", 8, VOCAB, 0)
+    made.to_empty(device="cpu").reset_buffers()
+    assert torch.equal(made.expert_table, table)
 
 
 def megatron_bias(rank: int) -> list[float]:
