@@ -21,6 +21,9 @@ from train.model.attention.indexer import selection_mask
 CHUNK = 128
 """Queries that are computed together."""
 
+_HIDDEN = -1e30
+"""Added to the scores of hidden keys: exp() of the difference to any other score is exactly 0."""
+
 Observer = Callable[[int, Tensor, Tensor], None]
 """Sees each chunk of the forward pass: place of its first query; probabilities summed over heads,
 fp32 or wider; and which keys are hidden: see `IndexerLoss.over_keys`."""
@@ -51,8 +54,7 @@ def attend(
             all. The cost stays that of all keys: `dsa` gathers where few are selected.
         observe: is shown the probabilities.
     """
-    scaled = query * scale
-    result: Tensor = _Attention.apply(scaled, key, value, document_ids, selected, observe)  # type: ignore[no-untyped-call]
+    result: Tensor = _Attention.apply(query, key, value, document_ids, scale, selected, observe)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -66,6 +68,7 @@ class _Attention(torch.autograd.Function):
         key: Tensor,
         value: Tensor,
         document_ids: Tensor,
+        scale: float,
         selected: Tensor | None,
         observe: Observer | None,
     ) -> Tensor:
@@ -75,20 +78,20 @@ class _Attention(torch.autograd.Function):
         for start in range(0, q.shape[1], CHUNK):
             end = min(start + CHUNK, q.shape[1])
             hidden = _hidden(document_ids, selected, start, end)
-            probabilities = _probabilities(q, k, hidden, start, end)
-            out[:, start:end] = probabilities.to(q.dtype) @ v[:, :end]
+            scores = _scores(q, k, hidden, scale, start, end)
+            out[:, start:end] = scores.softmax(-1) @ v[:, :end]
             if observe is not None:
-                observe(
-                    start, probabilities.view(*query.shape[:2], *hidden.shape[1:]).sum(1), hidden
-                )
+                wide = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32))
+                observe(start, wide.view(*query.shape[:2], *hidden.shape[1:]).sum(1), hidden)
         ctx.save_for_backward(q, k, v, out, document_ids, selected)
+        ctx.scale = scale
         return out.view(*query.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, document_ids, selected = ctx.saved_tensors
-        leading = grad.shape[:2]
+        scale, leading = ctx.scale, grad.shape[:2]
         grad = grad.reshape(out.shape)
         # d softmax: dS = P * (dP - rowsum(P * dP)), and rowsum(P * dP) = rowsum(dO * O).
         row_sum = (grad * out).sum(-1, keepdim=True)
@@ -97,29 +100,34 @@ class _Attention(torch.autograd.Function):
             end = min(start + CHUNK, q.shape[1])
             rows = slice(start, end)
             hidden = _hidden(document_ids, selected, start, end)
-            probabilities = _probabilities(q, k, hidden, start, end).to(q.dtype)
+            probabilities = _scores(q, k, hidden, scale, start, end).softmax(-1)
             grad_v[:, :end].baddbmm_(probabilities.transpose(1, 2), grad[:, rows])
             scores = torch.bmm(grad[:, rows], v[:, :end].transpose(1, 2))
             scores = scores.sub_(row_sum[:, rows]).mul_(probabilities)
             grad_q[:, rows] = scores @ k[:, :end]
             grad_k[:, :end].baddbmm_(scores.transpose(1, 2), q[:, rows])
-        grads = (x.view(*leading, *x.shape[1:]) for x in (grad_q, grad_k, grad_v))
-        return *grads, None, None, None
+        grads = (grad_q.mul_(scale), grad_k.mul_(scale), grad_v)
+        return *(x.view(*leading, *x.shape[1:]) for x in grads), *[None] * 4
 
 
-def _probabilities(
+def _scores(
     q: Float[Tensor, "rows seq qk_dim"],
     k: Float[Tensor, "rows seq qk_dim"],
     hidden: Bool[Tensor, "batch queries keys"],
+    scale: float,
     start: int,
     end: int,
 ) -> Float[Tensor, "rows queries keys"]:
-    """Attention of queries [start, end) over keys [0, end), in fp32 or wider."""
-    scores = torch.bmm(q[:, start:end], k[:, :end].transpose(1, 2))
-    by_head = scores.view(len(hidden), -1, *scores.shape[1:])
-    by_head.masked_fill_(hidden.unsqueeze(1), float("-inf"))
-    wide = torch.promote_types(scores.dtype, torch.float32)
-    return torch.softmax(scores, dim=-1, dtype=wide)
+    """Scores of queries [start, end) over keys [0, end), far below all others where hidden.
+
+    In the type of `q`; their softmax is computed in fp32 or wider inside and rounded once.
+    """
+    keys = k[:, :end].transpose(1, 2)
+    scores = torch.baddbmm(q.new_empty(1, 1, 1), q[:, start:end], keys, beta=0, alpha=scale)
+    # Several times as fast as filling by a mask that all heads share.
+    offset = hidden.to(q.dtype).mul_(_HIDDEN)
+    scores.view(len(hidden), -1, *scores.shape[1:]).add_(offset.unsqueeze(1))
+    return scores
 
 
 def _hidden(
