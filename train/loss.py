@@ -47,7 +47,7 @@ class _CrossEntropy(torch.autograd.Function):
         for rows in _chunks(logits):
             softmax = torch.softmax(logits[rows], dim=-1, dtype=grad.dtype)
             softmax.scatter_add_(-1, chosen[rows], -torch.ones_like(scale[rows]))
-            result[rows] = softmax.mul_(scale[rows])
+            torch.mul(softmax, scale[rows], out=result[rows])
         return result, None
 
 

@@ -37,9 +37,9 @@ def test_equals_masked_attention(seq: int) -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("keep_up_to", [0, 3])
+@pytest.mark.parametrize("keep_up_to", [0, 7])
 def test_gradient_of_several_chunks(monkeypatch: pytest.MonkeyPatch, keep_up_to: int) -> None:
-    monkeypatch.setattr(core, "CHUNK", 3)
+    monkeypatch.setattr(core, "CHUNK_BYTES", 3 * 8)
     monkeypatch.setattr(core, "KEEP_UP_TO", keep_up_to)
     q, k, v, documents = inputs(7, torch.float64)
     assert torch.autograd.gradcheck(
@@ -56,7 +56,8 @@ def test_bf16_is_the_fp32_result_rounded() -> None:
 
 
 def test_bf16_gradients_of_many_chunks_are_rounded_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(core, "CHUNK", 2)
+    monkeypatch.setattr(core, "CHUNK_BYTES", 2 * 2)
+    monkeypatch.setattr(core, "KEEP_UP_TO", 0)
     q, k, v, documents = inputs(400, torch.bfloat16)
     documents.zero_()
     direction = torch.randn(2, 3, 400, 8).bfloat16()
