@@ -23,6 +23,8 @@ Rule = Callable[[RunConfig], Problems]
 _MAY_BE_ZERO = {
     "model.num_dense_layers",
     "model.moe.num_shared_experts",
+    "model.moe.num_hash_layers",
+    "model.moe.hash_seed",
     "model.engram.seed",
     "model.engram.conv_kernel_size",
     "model.engram.pad_token_id",

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from parallel.collectives import exchange_rows
+from parallel.rows import combine, order_by_expert, row_multiple, spread
 
 
 class AllToAllDispatcher:
@@ -54,54 +55,31 @@ class AllToAllDispatcher:
             tokens: of this rank; ranks may have different numbers of them, or none.
             expert_indices: global numbers of each token's experts.
             expert_weights: weight of each expert's output, applied here at the source.
-            experts: maps rows sorted by local expert, and the rows of each, to rows.
+            experts: maps rows sorted by local expert, and the rows of each, to rows. There may be
+                rows that belong to no token, see `row_multiple`.
 
         Returns:
             Summed over k in order, in fp32 or wider, and returned in the type of `tokens`.
         """
-        chosen = expert_indices.flatten()
-        order = chosen.argsort(stable=True)
-        counts = torch.bincount(chosen, minlength=self.num_experts)
-        arriving = torch.empty_like(counts)
-        dist.all_to_all_single(arriving, counts, group=self.group)
+        here = order_by_expert(expert_indices, self.num_experts)
+        arriving = torch.empty_like(here.counts)
+        dist.all_to_all_single(arriving, here.counts, group=self.group)
         # [rank of the group, local expert]; one copy to the host for both.
-        leaving, arriving = counts.view(self.group.size(), -1), arriving.view(self.group.size(), -1)
+        leaving = here.counts.view(self.group.size(), -1)
+        arriving = arriving.view(self.group.size(), -1)
         send, receive = torch.stack([leaving.sum(1), arriving.sum(1)]).tolist()
 
-        rows = tokens.index_select(0, order // expert_indices.shape[1])
-        rows = exchange_rows(rows, send, receive, self.group)
-        by_expert = _by_local_expert(arriving)
-        results = experts(rows.index_select(0, by_expert), arriving.sum(0))
-        results = results.index_select(0, _inverse(by_expert))
+        rows = exchange_rows(spread(tokens, here), send, receive, self.group)
+        owner = _local_experts(arriving)
+        there = order_by_expert(owner, arriving.shape[1], multiple=row_multiple(rows))
+        results = experts(spread(rows, there), there.counts)
+        results = results.index_select(0, there.place.flatten())
         results = exchange_rows(results, receive, send, self.group)
-        results = results.index_select(0, _inverse(order))
-        results = results.view(*expert_indices.shape, tokens.shape[1])
-        return _combine(results, expert_weights).to(tokens.dtype)
+        return combine(results, here, expert_weights)
 
 
-def _by_local_expert(
-    arriving: Int[Tensor, "ranks local_experts"],
-) -> Int[Tensor, "rows"]:
-    """Where the rows of local expert 0, 1, ... stand among rows sorted by (source, expert)."""
+def _local_experts(arriving: Int[Tensor, "ranks local_experts"]) -> Int[Tensor, "rows 1"]:
+    """Local expert of each row, rows being sorted by source rank and expert."""
     ranks, local_experts = arriving.shape
     owner = torch.arange(local_experts, device=arriving.device).repeat(ranks)
-    return owner.repeat_interleave(arriving.flatten()).argsort(stable=True)
-
-
-def _inverse(permutation: Int[Tensor, "rows"]) -> Int[Tensor, "rows"]:
-    """The permutation that undoes one."""
-    inverse = torch.empty_like(permutation)
-    inverse[permutation] = torch.arange(len(permutation), device=permutation.device)
-    return inverse
-
-
-def _combine(
-    results: Float[Tensor, "tokens k hidden"], weights: Float[Tensor, "tokens k"]
-) -> Float[Tensor, "tokens hidden"]:
-    """Sum over k one after the other: a reduction's order could depend on the number of tokens."""
-    wide = torch.promote_types(results.dtype, torch.float32)
-    weighted = results.to(wide) * weights.to(wide).unsqueeze(-1)
-    first, *others = weighted.unbind(1)
-    for part in others:
-        first = first + part
-    return first
+    return owner.repeat_interleave(arriving.flatten()).unsqueeze(1)

@@ -9,14 +9,14 @@ import math
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from data.loader import Batch
 from parallel.apply import set_gradient_sync
 from parallel.gradients import clip_by_global_norm
 from train.build import Training
+from train.loss import summed_cross_entropy
 from train.metrics import Record
 from train.model.mtp import mtp_labels
 from train.model.multimodal.placeholders import check_images
@@ -102,14 +102,6 @@ def token_losses(training: Training, part: Batch) -> Float[Tensor, "2"]:
     return torch.stack([main, mtp])
 
 
-def summed_cross_entropy(
-    logits: Float[Tensor, "batch seq vocab"], labels: Int[Tensor, "batch seq"]
-) -> Float[Tensor, ""]:
-    """Cross-entropy summed over the valid labels (>= 0), computed in fp32 or wider."""
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    return F.cross_entropy(wide.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
-
-
 def count_labels(training: Training, batch: Batch) -> tuple[Float[Tensor, "2"], float]:
     """Valid labels of the global batch for the main and the MTP loss, at least 1 each; its tokens.
 
@@ -167,16 +159,18 @@ def reduce_indexer_sums(training: Training, tokens: float) -> Record:
 
 
 def update_router_bias(training: Training) -> Record:
-    """Move every router's load-balancing bias once, unless the model is frozen; returns load metrics.
+    """Move the load-balancing bias of every router that has one; returns the load metrics.
+
+    Nothing while the model is frozen: then no backward pass reaches a router, which is what counts.
 
     Communication: one all-reduce of the token counts [MoE layers, experts] over the world.
     """
     layers = training.model.moe_layers()
-    if not layers:
+    if not layers or training.model.is_frozen:
         return {}
     counts = torch.stack([moe.take_load_counts() for moe in layers])
     dist.all_reduce(counts)
-    if not training.model.is_frozen:
-        for moe, layer_counts in zip(layers, counts, strict=True):
-            moe.update_bias(layer_counts)
-    return routing_metrics(counts, [moe.expert_bias for moe in layers])
+    for moe, layer_counts in zip(layers, counts, strict=True):
+        moe.router.update_bias(layer_counts)
+    biases = [moe.expert_bias for moe in layers]
+    return routing_metrics(counts, [bias for bias in biases if bias is not None])

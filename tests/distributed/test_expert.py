@@ -13,6 +13,8 @@ from parallel.collectives import exchange_rows, sum_over
 from parallel.expert import AllToAllDispatcher
 from tests.distributed.toy import HIDDEN, ToyExperts, dense_dispatch
 from tests.harness import run_distributed
+from train.model.moe.config import MoeConfig
+from train.model.moe.experts import Experts
 
 EXPERTS, K = 4, 2
 ROUTINGS = ("random", "all to expert 0 and 1", "none from rank 0", "all tokens on rank 0")
@@ -111,6 +113,36 @@ def bf16_sum(rank: int) -> list[float]:
 
 def test_bf16_results_are_summed_in_fp32() -> None:
     assert run_distributed(bf16_sum, 1) == [[258.0, 258.0]]
+
+
+def grouped(rank: int, dtype: torch.dtype) -> dict[str, NDArray[Any]]:
+    """The model's experts on this rank's half, tokens of both ranks; as fp32."""
+    torch.manual_seed(0)
+    experts = Experts(MoeConfig(num_experts=EXPERTS, expert_intermediate_size=8), 16, None)
+    size = EXPERTS // dist.get_world_size()
+    for name, parameter in list(experts.named_parameters()):
+        torch.nn.init.normal_(parameter, std=0.5)
+        local = parameter.data[rank * size : (rank + 1) * size].to(dtype)
+        experts.register_parameter(name, torch.nn.Parameter(local))
+    tokens = torch.randn(40, 16).to(dtype)
+    indices, weights = torch.rand(40, 3).topk(K).indices, torch.rand(40, K)  # expert 3 is idle
+    part = slice(0, 40) if dist.get_world_size() == 1 else slice(33 * rank, 33 + 7 * rank)
+    token = tokens[part].requires_grad_()
+    output = AllToAllDispatcher(world(), EXPERTS)(token, indices[part], weights[part], experts)
+    torch.autograd.backward(output.float().square().sum())
+    found = {"output": output, "tokens": token.grad}
+    found |= {name: parameter.grad for name, parameter in experts.named_parameters()}
+    return {n: x.detach().float().numpy().copy() for n, x in found.items() if x is not None}
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+def test_grouped_products_between_ranks(dtype: torch.dtype, bound: float) -> None:
+    """In bf16 the rows of every expert are padded where they are computed, never on the wire."""
+    [wanted] = run_distributed(grouped, 1, torch.float64)
+    per_rank = run_distributed(grouped, 2, dtype)
+    for name, value in wanted.items():
+        got = np.concatenate([rank[name] for rank in per_rank])
+        assert np.linalg.norm(got - value) <= bound * np.linalg.norm(value), name
 
 
 def refused(rank: int) -> None:

@@ -86,7 +86,8 @@ def train_rank(rank: int, config: RunConfig) -> list[dict[str, Any]]:
         record["parameters"] = {
             name: whole(value) for name, value in training.model.named_parameters()
         }
-        record["bias"] = [moe.expert_bias.numpy().copy() for moe in training.model.moe_layers()]
+        biases = [moe.expert_bias for moe in training.model.moe_layers()]
+        record["bias"] = [bias.numpy().copy() for bias in biases if bias is not None]
         found.append(record)
     return found if rank == 0 else []
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tests.unit.train.model.tiny import TINY, build, relative_error
 from train.model.attention.config import IndexerConfig, YarnConfig
 from train.model.config import ModelConfig
+from train.model.moe.config import MoeConfig
 from train.model.transformer import Transformer
 
 CONFIG = replace(TINY, residual="plain", swiglu_limit=None)
@@ -63,7 +64,8 @@ def tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from module.named_buffers()
 
 
-def transformers_model(ours: Transformer) -> nn.Module:
+def transformers_model(ours: Transformer, *, attn_implementation: str = "eager") -> nn.Module:
+    """Their model with our weights."""
     from transformers import (  # noqa: PLC0415
         DeepseekV3Config,
         DeepseekV3ForCausalLM,
@@ -71,7 +73,7 @@ def transformers_model(ours: Transformer) -> nn.Module:
         DeepseekV32ForCausalLM,
     )
 
-    fields = config_fields(ours.config)
+    fields = config_fields(ours.config) | {"attn_implementation": attn_implementation}
     model: nn.Module
     if ours.config.attention == "dsa":
         indexer = ours.config.indexer
@@ -120,10 +122,9 @@ def config_fields(config: ModelConfig) -> dict[str, Any]:
         "rms_norm_eps": config.rms_norm_eps,
         "rope_parameters": rope,
         "max_position_embeddings": 192,
-        "n_group": 1,
-        "topk_group": 1,
+        "n_group": moe.num_expert_groups,
+        "topk_group": moe.num_groups_per_token,
         "norm_topk_prob": True,
-        "attn_implementation": "eager",
     }
 
 
@@ -135,8 +136,16 @@ def gradients(model: nn.Module, logits: Tensor, ids: Tensor) -> dict[str, Tensor
     return dict(zip(named, grads, strict=True))
 
 
+GROUPED = MoeConfig(
+    num_experts=8,
+    num_experts_per_token=3,
+    num_expert_groups=4,
+    num_groups_per_token=2,
+    expert_intermediate_size=16,
+)
 CASES = {
     "v3": CONFIG,
+    "v3 groups": replace(CONFIG, moe=GROUPED),
     "v3 yarn": replace(CONFIG, mla=replace(CONFIG.mla, yarn=YARN)),
     "v3.2": replace(CONFIG, attention="dsa", indexer=INDEXER),
     "v3.2 gathered": replace(CONFIG, attention="dsa", indexer=replace(INDEXER, top_k=8)),
@@ -152,7 +161,7 @@ def test_logits_and_gradients_equal_transformers(config: ModelConfig) -> None:
     moe = replace(config.moe, routed_scaling_factor=2.5)
     ours = build(replace(config, moe=moe), noise=0.1)
     for layer in ours.moe_layers():
-        nn.init.normal_(layer.expert_bias, std=0.1)
+        nn.init.normal_(layer.router.get_buffer("expert_bias"), std=0.1)
     theirs = transformers_model(ours)
     ids = torch.randint(0, 64, (2, 150), generator=torch.Generator().manual_seed(1))
     positions = torch.arange(150).expand(2, 150)

@@ -38,7 +38,7 @@ class Block(nn.Module):
                 config.hidden_size, config.intermediate_size, config.swiglu_limit
             )
         else:
-            self.ffn = MoeLayer(config)
+            self.ffn = MoeLayer(config, layer_index)
 
     def forward(
         self,
@@ -53,7 +53,7 @@ class Block(nn.Module):
 
         Args:
             streams: residual streams.
-            input_ids: what the memory is looked up by.
+            input_ids: what memory and hash routing go by.
             position_ids: place of each token in its document.
             document_ids: document of each token.
             pair_positions: what each rotary pair turns by where that is not the place in the
@@ -68,7 +68,10 @@ class Block(nn.Module):
         )
         streams = self.attention_site.write(output, maps)
         hidden, maps = self.ffn_site(streams)
-        return self.ffn_site.write(self.ffn(self.ffn_norm(hidden)), maps)
+        normalised = self.ffn_norm(hidden)
+        moe = isinstance(self.ffn, MoeLayer)
+        output = self.ffn(normalised, input_ids) if moe else self.ffn(normalised)
+        return self.ffn_site.write(output, maps)
 
 
 def build_attention(

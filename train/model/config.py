@@ -92,7 +92,7 @@ class ModelConfig:
     mhc_single_pass: mhc that reads by the coefficients of the site before (V4.1)."""
     hyper_connection: HyperConnectionConfig = field(default_factory=HyperConnectionConfig)
     router: RouterKind = "sigmoid"
-    """Scoring of the experts."""
+    """Scoring of the experts; hash: chosen by token id, weighted by sqrtsoftplus."""
     moe: MoeConfig = field(default_factory=MoeConfig)
     engram: EngramConfig | None = None
     """Conditional memory; null trains without."""
@@ -108,7 +108,8 @@ class ModelConfig:
     mtp_loss_weight_final: float | None = None
     """lambda from where the learning rate begins to decay (V4: 0.1); null: as before."""
     swiglu_limit: float | None = 10.0
-    """Clamp of the SwiGLU: gate <= limit, up in [-limit, limit] (V4); null switches it off."""
+    """Clamp of the SwiGLU of routed experts and dense FFNs: gate <= limit, up in [-limit, limit]
+    (V4); null switches it off. The shared expert has none, as in V4's published code."""
     rms_norm_eps: float = 1e-6
     """Added to the mean square in every RMSNorm."""
     initializer_range: float = 0.02

@@ -15,9 +15,7 @@ def swiglu(
     Args:
         gate: clamped from above only: silu is bounded below.
         up: clamped on both sides.
-        limit: the clamp; None for the SwiGLU of V3. V4's published inference code leaves the
-            shared expert unclamped and the paper is silent; here every SwiGLU is clamped, so that
-            one key bounds all activations.
+        limit: the clamp; None for the SwiGLU of V3 and of shared experts.
     """
     if limit is not None:
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)

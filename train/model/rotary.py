@@ -3,8 +3,11 @@
 Real arithmetic in fp32: complex numbers and fp64 do not exist on every accelerator.
 """
 
+# ruff: noqa: ANN401 - torch leaves the type of an autograd function's ctx open
+
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -111,10 +114,25 @@ def rotate(
     Computed in fp32 or wider and returned in the type of `x`. Interleaved pairs are the layout of
     DeepSeek's main attention; see `rotate_halves` for the other.
     """
-    even, odd = x[..., 0::2], x[..., 1::2]
-    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
-    pairs = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-    return pairs.flatten(-2).to(x.dtype)
+    rotated: Tensor = _Rotate.apply(x, cos.unsqueeze(2), sin.unsqueeze(2))  # type: ignore[no-untyped-call]
+    return rotated
+
+
+class _Rotate(torch.autograd.Function):
+    """The gradient is turned back: half the work of going through every product."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        even, odd = x[..., 0::2], x[..., 1::2]
+        pairs = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+        return pairs.flatten(-2).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        back: Tensor = _Rotate.apply(grad, cos, -sin)  # type: ignore[no-untyped-call]
+        return back, None, None
 
 
 def rotate_halves(

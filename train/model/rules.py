@@ -19,13 +19,6 @@ def violations(config: ModelConfig) -> list[str]:
     return [problem for rule in _RULES for problem in rule(config)]
 
 
-def _not_implemented(config: ModelConfig) -> Problems:
-    """Values of the schema whose code does not exist yet."""
-    for path, value, missing, works in (("model.router", config.router, ("hash",), "sigmoid"),):
-        if value in missing:
-            yield f"{path}={value}: not implemented yet; use {path}={works}"
-
-
 def _attention(config: ModelConfig) -> Problems:
     width = config.mla.qk_rope_head_dim
     if width % 2:
@@ -117,6 +110,47 @@ def _experts(config: ModelConfig) -> Problems:
         )
 
 
+def _expert_groups(config: ModelConfig) -> Problems:
+    moe = config.moe
+    experts, groups, chosen = moe.num_experts, moe.num_expert_groups, moe.num_groups_per_token
+    if experts % groups or (groups > 1 and experts < 2 * groups):
+        legal = [n for n in range(1, experts // 2 + 1) if experts % n == 0]
+        yield (
+            f"model.moe.num_expert_groups={groups}: must divide model.moe.num_experts={experts} "
+            f"into groups of at least 2; use one of {_brackets(legal)}"
+        )
+    elif chosen > groups:
+        yield (
+            f"model.moe.num_groups_per_token={chosen}: more than "
+            f"model.moe.num_expert_groups={groups}; use {groups} or fewer"
+        )
+    elif groups > 1 and moe.num_experts_per_token > (reachable := chosen * experts // groups):
+        yield (
+            f"model.moe.num_groups_per_token={chosen}: these groups hold {reachable} experts, fewer "
+            f"than model.moe.num_experts_per_token={moe.num_experts_per_token}; use "
+            f"model.moe.num_groups_per_token={-(-moe.num_experts_per_token * groups // experts)}"
+        )
+
+
+def _hash_routing(config: ModelConfig) -> Problems:
+    moe, scored = config.moe, config.num_layers - config.num_dense_layers
+    if config.router == "hash" and moe.num_expert_groups > 1:
+        yield (
+            f"model.moe.num_expert_groups={moe.num_expert_groups}: a table of token ids knows no "
+            "groups; use model.moe.num_expert_groups=1 with model.router=hash"
+        )
+    if config.router == "hash" and moe.num_hash_layers:
+        yield (
+            f"model.moe.num_hash_layers={moe.num_hash_layers}: model.router=hash already makes "
+            "every layer one; use model.moe.num_hash_layers=0, or model.router=sqrtsoftplus"
+        )
+    if moe.num_hash_layers > max(scored, 0):
+        yield (
+            f"model.moe.num_hash_layers={moe.num_hash_layers}: more than the {scored} layers "
+            f"after model.num_dense_layers={config.num_dense_layers}; use {scored} or fewer"
+        )
+
+
 def _layers(config: ModelConfig) -> Problems:
     if config.num_dense_layers > config.num_layers:
         yield (
@@ -185,12 +219,13 @@ def _vision(config: ModelConfig) -> Problems:
 
 
 _RULES: list[Callable[[ModelConfig], Problems]] = [
-    _not_implemented,
     _attention,
     _compressed,
     _indexer,
     _residual,
     _experts,
+    _expert_groups,
+    _hash_routing,
     _layers,
     _engram,
     _vision,

@@ -14,17 +14,19 @@ def routing_metrics(
 
     Args:
         counts: tokens that each expert of each layer received, over all ranks.
-        biases: the load-balancing bias of each layer.
+        biases: the load-balancing bias of each layer that has one.
 
     Returns:
         `moe/load_max_over_mean` (1 is even), `moe/load_cv` (standard deviation over mean),
-        `moe/dead_experts` (experts without a token, summed over layers) and `moe/bias_abs_max`.
+        `moe/dead_experts` (experts without a token, summed over layers) and, with biases, `moe/bias_abs_max`.
     """
     load = counts.double()
     mean = load.mean(dim=1).clamp(min=1e-12)
-    return {
+    metrics: Record = {
         "moe/load_max_over_mean": (load.amax(dim=1) / mean).mean().item(),
         "moe/load_cv": (load.std(dim=1, correction=0) / mean).mean().item(),
         "moe/dead_experts": int((counts == 0).sum().item()),
-        "moe/bias_abs_max": torch.stack([bias.abs().amax() for bias in biases]).amax().item(),
     }
+    if biases:
+        metrics["moe/bias_abs_max"] = torch.stack(biases).abs().amax().item()
+    return metrics

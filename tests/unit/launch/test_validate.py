@@ -153,7 +153,16 @@ def test_the_quick_start_is_valid(nano: RunConfig) -> None:
             "model.compressed.compress_ratios=[0,4,16,4,0]: must be one of 0, 4, 16 for each",
             "for example [0,4,16,0,4,16,0]",
         ),
-        ({"model__router": "hash"}, "model.router=hash: not implemented", "=sigmoid"),
+        (
+            {"model__moe__num_expert_groups": 3},
+            "model.moe.num_expert_groups=3: must divide model.moe.num_experts=8",
+            "use one of [1,2,4]",
+        ),
+        (
+            {"model__moe__num_hash_layers": 4},
+            "model.moe.num_hash_layers=4: more than the 3 layers",
+            "use 3 or fewer",
+        ),
         ({"data__sources": {}}, "data.sources={}: nothing to train on", "use data=quickstart"),
         ({"name": "a/b"}, "name=a/b: becomes a directory", "for example name=v4_nano"),
         ({"name": ""}, "name=: becomes a directory", ""),
@@ -203,10 +212,12 @@ def test_zero_is_fine_where_it_means_none(nano: RunConfig) -> None:
 
 
 def test_everything_is_reported_at_once(nano: RunConfig) -> None:
-    broken = changed(nano, model__mtp_depth=2, train__micro_batch_size=3, model__router="hash")
+    broken = changed(
+        nano, model__mtp_depth=2, train__micro_batch_size=3, model__moe__num_hash_layers=9
+    )
     found = validate(broken, nproc=3)
     assert [problem.split("=")[0] for problem in found] == [
-        "model.router",
+        "model.moe.num_hash_layers",
         "model.mtp_depth",
         "train.micro_batch_size",
         "world size ",

@@ -98,8 +98,10 @@ class MultiHeadLatentAttention(nn.Module):
         """Attention with keys and values expanded per head; see `core.attend`."""
         kv = self.kv_b(latents.kv).unflatten(-1, (-1, self.nope + self.v_dim))
         k_nope, v = kv.split([self.nope, self.v_dim], dim=-1)
-        q = torch.cat([latents.q_nope, latents.q_rope], dim=-1)
-        k = torch.cat([k_nope, latents.k_rope.expand(-1, -1, k_nope.shape[2], -1)], dim=-1)
-        q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
+        k_rope = latents.k_rope.expand(-1, -1, k_nope.shape[2], -1)
+        # Heads first, so that joining is the only copy.
+        q = torch.cat([x.transpose(1, 2) for x in (latents.q_nope, latents.q_rope)], dim=-1)
+        k = torch.cat([x.transpose(1, 2) for x in (k_nope, k_rope)], dim=-1)
+        v = v.transpose(1, 2)
         out = attend(q, k, v, document_ids, self.scale, selected=selected, observe=observe)
         return out.transpose(1, 2).flatten(2)

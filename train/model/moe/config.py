@@ -22,6 +22,14 @@ class MoeConfig:
     """Experts that see every token; computed as one of `num_shared_experts` times the width."""
     expert_intermediate_size: int = 64
     """Width of one expert."""
+    num_expert_groups: int = 1
+    """Equal groups of consecutive experts (V3, section 2.1.2: the experts of a node); 1 for none."""
+    num_groups_per_token: int = 1
+    """Groups that a token's experts may come from."""
+    num_hash_layers: int = 0
+    """Leading MoE layers that choose experts by token id (V4); all of them with `router: hash`."""
+    hash_seed: int = 0
+    """Seed of the tables of those layers."""
     routed_scaling_factor: float = 1.0
     """Factor on the normalised routing weights."""
     bias_update_speed: float = 1e-3

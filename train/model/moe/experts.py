@@ -4,11 +4,17 @@
 experts along dim 0; neither file knows about ranks.
 """
 
+# ruff: noqa: ANN401 - torch leaves the type of an autograd function's ctx open
+
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
+from parallel.rows import combine, order_by_expert, row_multiple, spread
 from train.model.ffn import swiglu
 from train.model.moe.config import MoeConfig
 
@@ -28,25 +34,53 @@ class Experts(nn.Module):
     ) -> Float[Tensor, "rows hidden"]:
         """Apply each expert to its rows.
 
-        Every expert is computed, also on no rows: with expert parallelism the graph must reach
-        the exchange on every rank, or the others wait for it in backward.
+        Also on no rows the output stays connected to the input: with expert parallelism the graph
+        must reach the exchange on every rank, or the others wait for it in backward.
 
         Args:
             rows: sorted by expert.
             counts: rows of each expert.
         """
-        # unbind, not indexing: its backward stacks the gradients instead of padding each to full size.
-        experts = zip(
-            torch.split(rows, counts.tolist()),
-            self.gate_up.unbind(),
-            self.down.unbind(),
-            strict=True,
-        )
-        outputs = []
-        for part, gate_up, down in experts:
-            gate, up = F.linear(part, gate_up).chunk(2, dim=-1)
-            outputs.append(F.linear(swiglu(gate, up, self.limit), down))
-        return torch.cat(outputs)
+        gate, up = grouped_linear(rows, self.gate_up, counts).chunk(2, dim=-1)
+        return grouped_linear(swiglu(gate, up, self.limit), self.down, counts)
+
+
+def grouped_linear(
+    rows: Float[Tensor, "rows in_size"],
+    weights: Float[Tensor, "experts out_size in_size"],
+    counts: Int[Tensor, "experts"],
+) -> Float[Tensor, "rows out_size"]:
+    """`x @ weight_e^T` for the rows x of every expert e, one expert after the other in `rows`.
+
+    A grouped matrix product where torch has one: not in fp64, not for rows that are no multiple of
+    16 bytes, not for no rows at all. Else a loop.
+    """
+    aligned = all(size * rows.element_size() % 16 == 0 for size in weights.shape[1:])
+    if len(rows) and aligned and rows.dtype != torch.float64:
+        ends = counts.cumsum(0).to(torch.int32)
+        out: Tensor = _GroupedLinear.apply(rows, weights, ends)  # type: ignore[no-untyped-call]
+        return out
+    # unbind, not indexing: its backward stacks the gradients instead of padding each to full size.
+    parts = zip(torch.split(rows, counts.tolist()), weights.unbind(), strict=True)
+    return torch.cat([F.linear(part, weight) for part, weight in parts])
+
+
+class _GroupedLinear(torch.autograd.Function):
+    """torch's own gradient refuses a gradient whose rows are not aligned, such as an expanded one."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weights, ends)
+        return F.grouped_mm(rows, weights.transpose(1, 2), offs=ends)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        rows, weights, ends = ctx.saved_tensors
+        grad = grad.contiguous()
+        grad_rows = F.grouped_mm(grad, weights, offs=ends)
+        grad_weights = F.grouped_mm(grad.transpose(0, 1), rows, offs=ends)
+        return grad_rows, grad_weights, None
 
 
 class LocalDispatcher:
@@ -67,14 +101,6 @@ class LocalDispatcher:
         experts: nn.Module,
     ) -> Float[Tensor, "tokens hidden"]:
         """Weighted sum of each token's experts, in the type of `tokens`."""
-        chosen = expert_indices.flatten()
-        # Stable, so that the order of sums does not depend on the sort.
-        order = chosen.argsort(stable=True)
-        counts = torch.bincount(chosen, minlength=self.num_experts)
-        rows = experts(tokens[order // expert_indices.shape[1]], counts)
-        place = torch.empty_like(order)
-        place[order] = torch.arange(len(order), device=order.device)
-        results = rows[place].unflatten(0, expert_indices.shape)
-        wide = torch.promote_types(rows.dtype, torch.float32)
-        combined: Tensor = (results.to(wide) * expert_weights.unsqueeze(-1)).sum(1)
-        return combined.to(tokens.dtype)
+        order = order_by_expert(expert_indices, self.num_experts, multiple=row_multiple(tokens))
+        results = experts(spread(tokens, order), order.counts)
+        return combine(results, order, expert_weights)

@@ -2,14 +2,13 @@
 
 from collections.abc import Callable
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from train.model.config import ModelConfig
 from train.model.ffn import FeedForward
 from train.model.moe.experts import Experts, LocalDispatcher
-from train.model.moe.router import Router
+from train.model.moe.router import HashRouter, Router, TopKRouter
 
 Dispatch = Callable[[Tensor, Tensor, Tensor, nn.Module], Tensor]
 """(tokens [tokens hidden], indices [tokens k], weights [tokens k], experts) -> [tokens hidden]."""
@@ -19,32 +18,45 @@ class MoeLayer(nn.Module):
     """DeepSeekMoE: `sum_k w_k expert_k(x) + shared(x)` (arXiv 2412.19437, eq. 12).
 
     `dispatch` may be replaced by one that exchanges tokens with other ranks.
+
+    Args:
+        config: the model.
+        layer_index: place in the network from 0; MTP blocks follow the layers.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    router: Router
+
+    def __init__(self, config: ModelConfig, layer_index: int) -> None:
         super().__init__()
-        moe, limit = config.moe, config.swiglu_limit
+        moe, hidden = config.moe, config.hidden_size
         self.num_experts = moe.num_experts
-        self.router = Router(moe, config.router, config.hidden_size)
-        self.experts = Experts(moe, config.hidden_size, limit)
+        place = layer_index - config.num_dense_layers
+        if config.router == "hash" or place < moe.num_hash_layers:
+            self.router = HashRouter(moe, config.router, hidden, config.vocab_size, layer_index)
+        else:
+            self.router = TopKRouter(moe, config.router, hidden)
+        self.experts = Experts(moe, hidden, config.swiglu_limit)
         self.shared: FeedForward | None = None
         if moe.num_shared_experts:
             width = moe.num_shared_experts * moe.expert_intermediate_size
-            self.shared = FeedForward(config.hidden_size, width, limit)
+            # V4's published code clamps the routed experts only; the paper is silent.
+            self.shared = FeedForward(hidden, width, limit=None)
         self.dispatch: Dispatch = LocalDispatcher(moe.num_experts)
 
-    def forward(self, x: Float[Tensor, "batch seq hidden"]) -> Float[Tensor, "batch seq hidden"]:
-        """Route, apply the experts and add the shared expert."""
-        indices, weights = self.router(x)
+    def forward(
+        self, x: Float[Tensor, "batch seq hidden"], input_ids: Int[Tensor, "batch seq"]
+    ) -> Float[Tensor, "batch seq hidden"]:
+        """Route, apply the experts and add the shared expert; hash routing goes by `input_ids`."""
+        indices, weights = self.router(x, input_ids)
         tokens = x.flatten(0, 1)
         routed = self.dispatch(tokens, indices.flatten(0, 1), weights.flatten(0, 1), self.experts)
         out = routed.view(x.shape)
         return out if self.shared is None else out + self.shared(x)
 
     @property
-    def expert_bias(self) -> Float[Tensor, "experts"]:
-        """The load-balancing bias of the router."""
-        return self.router.expert_bias
+    def expert_bias(self) -> Float[Tensor, "experts"] | None:
+        """The load-balancing bias of the router; None with hash routing."""
+        return self.router.expert_bias if isinstance(self.router, TopKRouter) else None
 
     @property
     def balance_scale(self) -> float:
@@ -56,16 +68,13 @@ class MoeLayer(nn.Module):
         self.router.balance_scale = scale
 
     def take_load_counts(self) -> Int[Tensor, "experts"]:
-        """Tokens of each expert on this rank since the last call; starts over."""
+        """Tokens of each expert in the backward passes since the last call; starts over."""
         counts = self.router.load_counts.clone()
         self.router.load_counts.zero_()
         return counts
 
     def take_balance_loss(self) -> Float[Tensor, ""]:
-        """Scaled balance loss of this rank since the last call; starts over."""
-        taken, self.router.balance_loss = self.router.balance_loss, None
-        return torch.zeros(()) if taken is None else taken
-
-    def update_bias(self, load_counts: Int[Tensor, "experts"]) -> None:
-        """See `Router.update_bias`."""
-        self.router.update_bias(load_counts)
+        """Scaled balance loss of the backward passes since the last call; starts over."""
+        loss = self.router.balance_loss.clone()
+        self.router.balance_loss.zero_()
+        return loss

@@ -1,69 +1,110 @@
 """Which experts see a token, with what weight, and the balancing of their load; called by `layer`."""
 
+# ruff: noqa: ANN401 - torch leaves the type of an autograd function's ctx open
+
+from abc import abstractmethod
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from train.model.add_loss import add_loss
 from train.model.moe.config import MoeConfig, RouterKind
+from train.model.moe.hash_table import token_expert_table
 
 
 class Router(nn.Module):
-    """Top-k routing with auxiliary-loss-free balancing (DeepSeek-V3, arXiv 2412.19437, sec. 2.1.2).
+    """Weights of the k experts that a subclass chooses: their scores, normalised and scaled.
 
-    Scores are computed in fp32 or wider. A token goes to the k experts of the largest
-    `score + expert_bias`; its weights are the scores alone, normalised over the k and scaled.
-    Per optimizer step the bias of overloaded experts falls and that of others rises by gamma.
-
-    In training with gradients it also counts the tokens of each expert and, if `balance_scale` is
-    not 0, adds the sequence-wise balance loss to the gradient of the scores.
+    Scores are computed in fp32 or wider. In training, the backward pass counts the tokens of each
+    expert and, if `balance_scale` is not 0 and the choice is learnt, adds the sequence-wise balance
+    loss to the gradient of the scores.
     """
 
-    expert_bias: Tensor
     load_counts: Tensor
+    balance_loss: Tensor
+    learnt_choice: bool
 
     def __init__(self, config: MoeConfig, kind: RouterKind, hidden_size: int) -> None:
         super().__init__()
         self.kind, self.k = kind, config.num_experts_per_token
-        self.scaling, self.bias_update_speed = (
-            config.routed_scaling_factor,
-            config.bias_update_speed,
-        )
+        self.scaling = config.routed_scaling_factor
         self.weight = nn.Parameter(torch.empty(config.num_experts, hidden_size))
         self.balance_scale = 0.0
         """Weight of the balance loss over the sequences of the global batch; set by the step."""
-        self.balance_loss: Float[Tensor, ""] | None = None
-        """Scaled balance loss, summed since it was last taken."""
-        self.register_buffer("expert_bias", torch.empty(config.num_experts, dtype=torch.float32))
         counts = torch.empty(config.num_experts, dtype=torch.int64)
         self.register_buffer("load_counts", counts, persistent=False)
-        self.reset_buffers()
+        loss = torch.empty((), dtype=torch.float32)
+        self.register_buffer("balance_loss", loss, persistent=False)
+
+    @abstractmethod
+    def choose(
+        self, scores: Float[Tensor, "batch seq experts"], input_ids: Int[Tensor, "batch seq"]
+    ) -> Int[Tensor, "batch seq k"]:
+        """The experts of each token, all different, in any order."""
 
     def reset_buffers(self) -> None:
-        """No bias, nothing counted; needed again after a model moves from the meta device."""
-        self.expert_bias.zero_()
+        """Nothing counted; needed again after a model moves from the meta device."""
         self.load_counts.zero_()
+        self.balance_loss.zero_()
 
     def forward(
-        self, x: Float[Tensor, "batch seq hidden"]
+        self, x: Float[Tensor, "batch seq hidden"], input_ids: Int[Tensor, "batch seq"]
     ) -> tuple[Int[Tensor, "batch seq k"], Float[Tensor, "batch seq k"]]:
         """Expert indices and their weights, the weights in fp32 or wider."""
         wide = torch.promote_types(x.dtype, torch.float32)
         scores = affinity(F.linear(x.to(wide), self.weight.to(wide)), self.kind)
-        biased = scores.detach() + self.expert_bias
-        indices = biased.topk(self.k, dim=-1, sorted=False).indices
+        indices = self.choose(scores.detach(), input_ids)
         weights = scores.gather(-1, indices)
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20) * self.scaling
-        if self.training and torch.is_grad_enabled():
+        if self.training and weights.requires_grad:
             counts = count_tokens(indices, scores.shape[-1])
-            self.load_counts += counts.sum(0)
-            if self.balance_scale:
+            loss = None
+            if self.learnt_choice and self.balance_scale:
                 loss = self.balance_scale * sequence_balance_loss(scores, counts, self.k)
-                kept = loss.detach()
-                self.balance_loss = kept if self.balance_loss is None else self.balance_loss + kept
                 weights = add_loss(weights, loss)
+            kept = None if loss is None else loss.detach()
+            weights = _CountInBackward.apply(weights, counts, kept, self)  # type: ignore[no-untyped-call]
         return indices, weights
+
+    def update_bias(self, load_counts: Int[Tensor, "experts"]) -> None:
+        """Balance the load after an optimizer step, where the choice can be moved."""
+
+
+class TopKRouter(Router):
+    """Top-k routing with auxiliary-loss-free balancing (DeepSeek-V3, arXiv 2412.19437, sec. 2.1.2).
+
+    A token goes to the k experts of the largest `score + expert_bias`. With groups it first picks
+    the groups whose two best experts have the largest sum. Per optimizer step the bias of
+    overloaded experts falls and that of others rises by gamma.
+    """
+
+    expert_bias: Tensor
+    learnt_choice = True
+
+    def __init__(self, config: MoeConfig, kind: RouterKind, hidden_size: int) -> None:
+        super().__init__(config, kind, hidden_size)
+        self.groups, self.groups_per_token = config.num_expert_groups, config.num_groups_per_token
+        self.bias_update_speed = config.bias_update_speed
+        self.register_buffer("expert_bias", torch.empty(config.num_experts, dtype=torch.float32))
+        self.reset_buffers()
+
+    def reset_buffers(self) -> None:
+        """No bias, nothing counted."""
+        super().reset_buffers()
+        self.expert_bias.zero_()
+
+    def choose(
+        self, scores: Float[Tensor, "batch seq experts"], input_ids: Int[Tensor, "batch seq"]
+    ) -> Int[Tensor, "batch seq k"]:
+        """The experts of the largest biased scores, in the best groups."""
+        biased = scores + self.expert_bias
+        if self.groups > 1:
+            outside = outside_best_groups(biased, self.groups, self.groups_per_token)
+            biased = biased.masked_fill(outside, float("-inf"))
+        return biased.topk(self.k, dim=-1, sorted=False).indices
 
     @torch.no_grad()
     def update_bias(self, load_counts: Int[Tensor, "experts"]) -> None:
@@ -76,15 +117,75 @@ class Router(nn.Module):
         self.expert_bias += self.bias_update_speed * torch.sign(load.mean() - load)
 
 
+class HashRouter(Router):
+    """Experts by token id, from a fixed table; only their weights are learnt (V4, section 2.1).
+
+    The table is part of a checkpoint: published models carry their own.
+
+    Args:
+        config: number of experts, k and seed.
+        kind: scoring of the weights.
+        hidden_size: width of the tokens.
+        vocab_size: rows of the table.
+        layer_index: makes the tables of the layers differ.
+    """
+
+    expert_table: Tensor
+    learnt_choice = False
+
+    def __init__(
+        self,
+        config: MoeConfig,
+        kind: RouterKind,
+        hidden_size: int,
+        vocab_size: int,
+        layer_index: int,
+    ) -> None:
+        super().__init__(config, kind, hidden_size)
+        self.seed, self.layer_index = config.hash_seed, layer_index
+        self.register_buffer("expert_table", torch.empty(vocab_size, self.k, dtype=torch.int64))
+        self.reset_buffers()
+
+    def reset_buffers(self) -> None:
+        """The initial table, nothing counted."""
+        super().reset_buffers()
+        vocab_size, experts = len(self.expert_table), len(self.weight)
+        table = token_expert_table(
+            vocab_size, experts, self.k, seed=self.seed, layer_index=self.layer_index
+        )
+        self.expert_table.copy_(torch.from_numpy(table))
+
+    def choose(
+        self, scores: Float[Tensor, "batch seq experts"], input_ids: Int[Tensor, "batch seq"]
+    ) -> Int[Tensor, "batch seq k"]:
+        """The table's rows."""
+        chosen: Tensor = self.expert_table[input_ids]
+        return chosen
+
+
 def affinity(
     logits: Float[Tensor, "*batch experts"], kind: RouterKind
 ) -> Float[Tensor, "*batch experts"]:
-    """Scores of all experts: softmax (V2), sigmoid (V3) or sqrt(softplus) (V4)."""
+    """Scores of all experts: softmax (V2), sigmoid (V3) or sqrt(softplus) (V4, also for hash)."""
     if kind == "softmax":
         return logits.softmax(-1)
     if kind == "sigmoid":
         return logits.sigmoid()
     return F.softplus(logits).sqrt()
+
+
+def outside_best_groups(
+    biased: Float[Tensor, "*batch experts"], groups: int, groups_per_token: int
+) -> Bool[Tensor, "*batch experts"]:
+    """True for experts that are not in one of a token's best groups of consecutive experts.
+
+    A group's score is the sum of its two largest biased scores, as in DeepSeek-V3's code; the paper
+    sums the largest k / groups_per_token of them, which is 2 in V3.
+    """
+    grouped = biased.view(*biased.shape[:-1], groups, -1)
+    best = grouped.topk(2, dim=-1).values.sum(-1).topk(groups_per_token, dim=-1).indices
+    outside = torch.ones(grouped.shape[:-1], dtype=torch.bool, device=biased.device)
+    return outside.scatter(-1, best, False).repeat_interleave(grouped.shape[-1], dim=-1)
 
 
 def count_tokens(
@@ -108,3 +209,25 @@ def sequence_balance_loss(
     fraction = counts * (num_experts / (k * seq))
     probability = (scores / scores.sum(-1, keepdim=True)).mean(1)
     return (fraction * probability).sum()
+
+
+class _CountInBackward(torch.autograd.Function):
+    """Identity on the weights whose backward adds to the router's totals.
+
+    Backward runs once also where activation recomputation repeats the forward pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, weights: Tensor, counts: Tensor, loss: Tensor | None, router: Router
+    ) -> Tensor:
+        ctx.counts, ctx.loss, ctx.router = counts, loss, router
+        # detach() shares the memory without being a view, of which FSDP2 warns.
+        return weights.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.router.load_counts += ctx.counts.sum(0)
+        if ctx.loss is not None:
+            ctx.router.balance_loss += ctx.loss
+        return grad, None, None, None

@@ -15,6 +15,7 @@ from train.model.config import EngramConfig, HyperConnectionConfig, ModelConfig
 from train.model.initialize import fill_buffers, parameter_init
 from train.model.moe.config import MoeConfig
 from train.model.moe.layer import MoeLayer
+from train.model.moe.router import HashRouter
 from train.model.transformer import Transformer
 
 V41 = with_changes(
@@ -147,7 +148,15 @@ def test_bf16_model_stays_close_to_fp32(config: ModelConfig) -> None:
 @pytest.mark.parametrize(
     ("changes", "rule"),
     [
-        ({"router": "hash"}, "model.router=hash: not implemented"),
+        ({"moe": MoeConfig(num_expert_groups=3)}, r"num_expert_groups=3: .*use one of \[1,2,4\]"),
+        ({"moe": MoeConfig(num_groups_per_token=2)}, "num_groups_per_token=2: more than"),
+        (
+            {"moe": MoeConfig(num_experts_per_token=5, num_expert_groups=4)},
+            r"hold 2 experts.*use model\.moe\.num_groups_per_token=3",
+        ),
+        ({"moe": MoeConfig(num_hash_layers=3)}, "num_hash_layers=3: more than the 2 layers"),
+        ({"router": "hash", "moe": MoeConfig(num_hash_layers=1)}, "num_hash_layers=1: .*already"),
+        ({"router": "hash", "moe": MoeConfig(num_expert_groups=2)}, "token ids knows no groups"),
         ({"mtp_depth": 2}, r"model\.mtp_depth=2: .*use 0 or 1"),
         ({"mla": MlaConfig(qk_rope_head_dim=5)}, r"qk_rope_head_dim=5: .*use 4 or 6"),
         (
@@ -185,6 +194,29 @@ def test_what_cannot_be_built_is_refused_by_name(changes: dict[str, object], rul
 def test_all_violations_come_at_once() -> None:
     with pytest.raises(ValueError, match=r"(?s)qk_rope_head_dim=5.*mtp_depth=5"):
         Transformer(with_changes(TINY, mla=MlaConfig(qk_rope_head_dim=5), mtp_depth=5))
+
+
+@pytest.mark.parametrize(
+    ("router", "hash_layers", "hashed"),
+    [("sigmoid", 0, []), ("sqrtsoftplus", 1, [1]), ("hash", 0, [1, 2, 3])],
+)
+def test_the_first_moe_layers_or_all_route_by_token_id(
+    router: str, hash_layers: int, hashed: list[int]
+) -> None:
+    moe = MoeConfig(num_experts=4, num_hash_layers=hash_layers)
+    model = build(with_changes(FULL, router=router, moe=moe))
+    found = [i for i, layer in enumerate(model.moe_layers(), 1) if layer.expert_bias is None]
+    assert found == hashed  # the last is that of MTP
+    ids, positions, documents = packed((5, 7))
+    before = model(ids, positions, documents)
+    torch.autograd.backward(before.logits.sum() + before.mtp_logits[0].sum())
+    for layer in model.moe_layers():
+        counts = layer.take_load_counts()
+        if isinstance(layer.router, HashRouter) and layer is not model.moe_layers()[-1]:
+            wanted = torch.bincount(layer.router.expert_table[ids].flatten(), minlength=4)
+            assert counts.tolist() == wanted.tolist()
+        layer.router.update_bias(counts)
+        assert (layer.expert_bias is None) or layer.expert_bias.any()
 
 
 def test_moe_layers_are_those_after_the_dense_ones() -> None:
