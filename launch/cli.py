@@ -21,13 +21,14 @@ _Add = Callable[[_Run, str], argparse.ArgumentParser]
 
 _COMMANDS = (
     *("list", "show", "train", "resume", "status", "logs", "data"),
-    *("bench", "dash", "ablate", "report"),
+    *("bench", "dash", "ablate", "report", "checkpoint"),
 )
 _NOT_YET = {
     "plan": "check a layout and predict memory, speed and cost",
     "launch": "submit to Slurm, Kubernetes, Kubeflow or Volcano",
     "parity": "compare layouts, gradient by gradient",
-    "checkpoint": "inspect, verify and convert checkpoints",
+    "checkpoint inspect": "list tensors",
+    "checkpoint verify": "check hashes",
     "doctor": "check environment, backends and collectives",
     "data index": "index shards",
     "data verify": "check shards",
@@ -106,6 +107,7 @@ def _build_parser() -> argparse.ArgumentParser:
 
     _add_recipes_and_runs(add)
     _add_tools(add)
+    _add_checkpoint(add)
     return parser
 
 
@@ -151,6 +153,25 @@ def _add_tools(add: _Add) -> None:
     command = add(_report, "compare runs on one page")
     command.add_argument("runs", metavar="RUN", nargs="+", type=Path)
     command.add_argument("-o", "--output", type=Path, default=Path("report"))
+
+
+def _add_checkpoint(add: _Add) -> None:
+    command = add(_checkpoint, "to and from Hugging Face folders")
+    actions = command.add_subparsers(metavar="ACTION", required=True, dest="action")
+    purpose = "make a run that starts from the weights of a folder of safetensors"
+    action = actions.add_parser("import-hf", help=purpose, description=purpose, allow_abbrev=False)
+    action.add_argument("source", metavar="SOURCE", type=Path, help="folder with config.json")
+    action.add_argument("destination", metavar="DESTINATION", type=Path, help="new run directory")
+    action.add_argument("--recipe", help="what to train them with; default: say so on resume")
+    _add_overrides(action)
+    purpose = "write a checkpoint as a folder that transformers loads"
+    action = actions.add_parser("export-hf", help=purpose, description=purpose, allow_abbrev=False)
+    action.add_argument(
+        "source", metavar="SOURCE", type=Path, help="run directory, or one checkpoint of it"
+    )
+    action.add_argument("destination", metavar="DESTINATION", type=Path, help="new folder")
+    action.add_argument("--dtype", choices=["bf16", "fp32"], help="default: as it is stored")
+    action.add_argument("--max-shard-size", default="5GB", help="of a file (default: 5GB)")
 
 
 def _add_recipe(command: argparse.ArgumentParser) -> None:
@@ -229,6 +250,21 @@ def _data(options: argparse.Namespace) -> int:
     build_quickstart_corpus(options.output)
     print(f"corpus: {options.output}; next: mneme train v4_nano")
     return 0
+
+
+def _checkpoint(options: argparse.Namespace) -> int:
+    from launch import checkpoint  # noqa: PLC0415
+
+    if options.action == "import-hf":
+        return checkpoint.import_hf(
+            options.source, options.destination, recipe=options.recipe, overrides=options.overrides
+        )
+    return checkpoint.export_hf(
+        options.source,
+        options.destination,
+        dtype=options.dtype,
+        max_shard_size=options.max_shard_size,
+    )
 
 
 def _bench(options: argparse.Namespace) -> int:

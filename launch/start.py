@@ -23,7 +23,7 @@ from launch.run_dir import (
 from launch.runs import next_token_loss, read_metrics, read_status
 from launch.schema import flatten, show
 from parallel.config import BackendName
-from train.checkpoint.commit import newest_checkpoint
+from train.checkpoint.commit import holds_only_weights, newest_checkpoint
 from train.config import RunConfig
 from train.recipe import load_resolved
 
@@ -32,6 +32,8 @@ CHANGEABLE = (
     *("checkpoint", "evaluate", "monitor", "launch", "parallel"),
 )
 """What may change when a run goes on: how long and how it is run, not what is learned from what."""
+CHANGEABLE_BEFORE_TRAINING = (*("train", "data", "optim"), *CHANGEABLE)
+"""What may change while a run holds imported weights and nothing has been trained."""
 
 
 def train(recipe: str, overrides: Sequence[str], *, nproc: int | None, run_dir: Path | None) -> int:
@@ -72,10 +74,11 @@ def resume(run_dir: Path, overrides: Sequence[str]) -> int:
     with held(run_dir):  # refused here if another launcher has it
         pass
     before = load_resolved(run_dir / "recipe.yaml")
-    config = change(before, overrides, CHANGEABLE)
+    newest = newest_checkpoint(run_dir)
+    begun = newest is None or not holds_only_weights(newest[1])
+    config = change(before, overrides, CHANGEABLE if begun else CHANGEABLE_BEFORE_TRAINING)
     if problems := _obstacles(config):
         raise RecipeError([*problems, *_started_elsewhere(run_dir)])
-    newest = newest_checkpoint(run_dir)
     step = newest[0] if newest else 0
     if step >= config.train.steps:
         print(

@@ -5,6 +5,7 @@ the rename is the commit, so a name without suffix is always whole. Nothing is e
 existing checkpoint. No torch here: the launcher looks for checkpoints too.
 """
 
+import json
 import os
 import re
 import shutil
@@ -31,6 +32,12 @@ def newest_checkpoint(run_dir: Path) -> tuple[int, Path] | None:
     """The last committed checkpoint as (step, path)."""
     found = complete_checkpoints(run_dir)
     return found[-1] if found else None
+
+
+def holds_only_weights(checkpoint: Path) -> bool:
+    """Whether a checkpoint was imported: training starts from it at step 0, nothing else restored."""
+    meta = json.loads((checkpoint / "checkpoint.json").read_text(encoding="utf-8"))
+    return bool(meta.get("only_weights", False))
 
 
 def begin(run_dir: Path, step: int) -> Path:

@@ -6,9 +6,11 @@
     data.lane/<number>      the position of each virtual lane of the data, as JSON
     rng.<rank>              random-number state of each rank's device
 
-plus `checkpoint.json` (step, tokens, what the corpus was). The learning rate is a function of the
-step and has no state. Random-number states are restored in a world of the same size only; nothing
-that the model learns from depends on them.
+plus `checkpoint.json` (step, tokens, what the corpus was). A checkpoint that was imported has only
+weights, the first and third kind: training starts from it at step 0, with the optimizer's states at
+zero and from the beginning of the data. The learning rate is a function of the step and has no
+state. Random-number states are restored in a world of the same size only; nothing that the model
+learns from depends on them.
 """
 
 import json
@@ -22,7 +24,14 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
-from train.checkpoint.commit import begin, checkpoint_path, commit, newest_checkpoint, remove_old
+from train.checkpoint.commit import (
+    begin,
+    checkpoint_path,
+    commit,
+    holds_only_weights,
+    newest_checkpoint,
+    remove_old,
+)
 from train.optim.optimizers import Optimizers
 
 FORMAT_VERSION = 1
@@ -63,18 +72,47 @@ def save(
     state[f"rng.{dist.get_rank()}"] = rng_state
     save_distributed(state, checkpoint_id=temporary)
     if first:
-        meta = {
-            "format": FORMAT_VERSION,
-            "step": progress.step,
-            "tokens": progress.tokens,
-            "corpus": corpus,
-            "world_size": dist.get_world_size(),
-        }
-        (temporary / "checkpoint.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+        write_meta(
+            temporary,
+            step=progress.step,
+            tokens=progress.tokens,
+            corpus=corpus,
+            world_size=dist.get_world_size(),
+        )
         commit(temporary)
         remove_old(run_dir, keep_last)
     dist.barrier()
     return checkpoint_path(run_dir, progress.step)
+
+
+def write_meta(
+    directory: Path,
+    *,
+    step: int,
+    tokens: int,
+    corpus: str,
+    world_size: int,
+    only_weights: bool = False,
+) -> None:
+    """Write `checkpoint.json`.
+
+    Args:
+        directory: of the checkpoint, not yet committed.
+        step: optimizer steps so far.
+        tokens: tokens of all ranks so far.
+        corpus: fingerprint of the corpus.
+        world_size: ranks, whose random-number states are saved.
+        only_weights: there is nothing but parameters and buffers.
+    """
+    meta = {
+        "format": FORMAT_VERSION,
+        "step": step,
+        "tokens": tokens,
+        "corpus": corpus,
+        "world_size": world_size,
+        "only_weights": only_weights,
+    }
+    (directory / "checkpoint.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
 
 
 def restore(
@@ -87,6 +125,9 @@ def restore(
     corpus: str,
 ) -> Progress | None:
     """Load the newest committed checkpoint in place; None where there is none.
+
+    From a checkpoint of only weights, the optimizer's states and `rng_state` stay as they are and
+    there are no data positions.
 
     Args:
         run_dir: the run.
@@ -108,6 +149,9 @@ def restore(
         raise ValueError(
             f"{path}: checkpoint format {meta['format']}; this version reads {FORMAT_VERSION}"
         )
+    if holds_only_weights(path):
+        load(_weights(model), checkpoint_id=path)
+        return Progress(step=step, tokens=meta["tokens"], data_state={})
     if meta["corpus"] != corpus:
         raise ValueError(
             f"data.sources: the corpus or tokenizer changed since {path} was saved (fingerprint "
@@ -123,11 +167,17 @@ def restore(
 
 def _tensors(model: nn.Module, optimizer: Optimizers) -> dict[str, Any]:
     """The live tensors by their global names; DCP loads into them in place."""
-    named = dict(model.named_parameters())
-    state: dict[str, Any] = {f"model.{name}": parameter for name, parameter in named.items()}
-    for name, parameter in named.items():
+    state = _weights(model)
+    for name, parameter in model.named_parameters():
         for key, value in optimizer.state_of(parameter).items():
             state[f"optim.{key}.{name}"] = value
+    return state
+
+
+def _weights(model: nn.Module) -> dict[str, Any]:
+    """Parameters and persistent buffers."""
+    named = dict(model.named_parameters())
+    state: dict[str, Any] = {f"model.{name}": parameter for name, parameter in named.items()}
     persistent = model.state_dict().keys() - named.keys()
     buffers = ((name, value) for name, value in model.named_buffers() if name in persistent)
     return state | {f"buffer.{name}": value for name, value in buffers}
