@@ -167,7 +167,7 @@ def test_both_round_trips_are_bitwise(case: str, dtype: torch.dtype, tmp_path: P
     assert configs[0] == configs[1]
 
 
-@pytest.mark.parametrize("case", ["v3", "v3.2 yarn", "v4 yarn"])
+@pytest.mark.parametrize("case", ["v3", "v3.2 yarn", "v4", "v4 yarn"])
 def test_gradients_are_those_of_transformers(case: str, tmp_path: Path) -> None:
     """Theirs become the weights of a folder, whose import gives them our names and arrangement."""
     config = CASES[case]

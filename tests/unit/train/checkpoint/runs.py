@@ -23,6 +23,11 @@ def noisy(config: ModelConfig, seed: int = 0) -> Transformer:
     """A model of which no number is zero or equal to another, buffers included."""
     model = build(config, noise=0.1, seed=seed)
     generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # Streams that hardly differ would make the gradients of their gates sums that cancel.
+            if name.endswith(("_site.bias", "read_out.bias")):
+                parameter.add_(torch.randn(parameter.shape, generator=generator))
     for layer in model.moe_layers():
         if layer.expert_bias is not None:
             noise = torch.randn(layer.expert_bias.shape, generator=generator)
