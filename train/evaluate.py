@@ -8,15 +8,14 @@ import torch.distributed as dist
 from data.loader import build_loader
 from train.build import Training
 from train.metrics import Record
-from train.model.multimodal.placeholders import check_images
-from train.step import split, token_losses
+from train.step import check_batch, split, token_losses
 
 
 @torch.no_grad()
 def evaluate(training: Training) -> Record:
     """Next-token loss on the first `evaluate.num_sequences` packed sequences of the held-out split.
 
-    Communication: one all-reduce of two numbers over the world.
+    Communication: one all-reduce of two numbers over the world, and that of `check_batch`.
 
     Returns:
         `validation/loss` in nats per token, the same on every rank.
@@ -31,7 +30,7 @@ def evaluate(training: Training) -> Record:
         data_size=config.parallel.data_parallel_size,
     )
     batch, _ = next(loader)
-    check_images(config.model.vision, batch.input_ids, batch.labels, batch.vision)
+    check_batch(training, batch)
     training.model.eval()
     sums = torch.zeros(2, dtype=training.sum_dtype, device=training.device)
     for part in split(batch, config.train.micro_batch_size):

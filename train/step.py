@@ -32,14 +32,14 @@ def train_step(training: Training, batch: Batch, step: int) -> Record:
         Global values of the step, the same on every rank.
 
     Raises:
-        ValueError: the images of the batch do not fit its tokens or the model; on this rank, before
-            it communicates.
+        ValueError: the images of a rank's batch do not fit its tokens or the model; on all ranks
+            alike, and before the model is called.
         FloatingPointError: loss or gradient norm is not finite; on all ranks alike, and before the
             parameters change.
     """
     config, model, phase = training.config, training.model, training.phase(step)
     mtp_weight = mtp_loss_weight(config, step)
-    check_images(config.model.vision, batch.input_ids, batch.labels, batch.vision)
+    check_batch(training, batch)
     model.train()
     if phase.indexer_stage is not None:
         model.set_indexer_stage(phase.indexer_stage)
@@ -73,6 +73,31 @@ def train_step(training: Training, batch: Batch, step: int) -> Record:
         record["loss_mtp"] = loss_mtp
     record |= {"loss_balance": loss_balance, "grad_norm": gradient_norm, "learning_rate": rate}
     return record | indexing | update_router_bias(training)
+
+
+def check_batch(training: Training, batch: Batch) -> None:
+    """Refuse images that do not fit, on all ranks alike: a rank that leaves alone hangs the others.
+
+    Communication, with `model.vision` only: one all-reduce of one number over the world.
+
+    Raises:
+        ValueError: what is wrong, on which rank.
+    """
+    config, problem = training.config.model.vision, None
+    try:
+        check_images(config, batch.input_ids, batch.labels, batch.vision)
+    except ValueError as error:
+        if config is None:
+            raise  # a loader that makes images for a model without vision does so on every rank
+        problem = f"rank {dist.get_rank()}: {error}"
+    if config is None:
+        return
+    broken = torch.tensor(int(problem is not None), device=training.device)
+    dist.all_reduce(broken)
+    if broken:
+        found: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, problem)
+        raise ValueError("\n".join(line for line in found if line))
 
 
 def split(batch: Batch, size: int) -> list[Batch]:

@@ -14,7 +14,7 @@ from parallel.backend.cpu import CpuBackend
 from parallel.config import ParallelConfig
 from tests.harness import run_distributed
 from tests.unit.train.model.images import VISION, Document, crop, pack_documents
-from train.build import build
+from train.build import Training, build
 from train.config import OptimConfig, RunConfig, TrainConfig
 from train.model.config import EngramConfig, ModelConfig
 from train.model.moe.config import MoeConfig
@@ -57,26 +57,34 @@ def global_batch(step: int) -> Batch:
     return pack_documents([[text[:20]], seeing, [text[20:40]], [text[40:]]], SEES)
 
 
-def train_rank(rank: int, config: RunConfig) -> list[dict[str, Any]]:
+def join(config: RunConfig) -> Training:
     # The harness has joined the process group already.
     CpuBackend.init_process_group = lambda self, timeout_seconds: None  # type: ignore[method-assign]
-    training = build(config)
-    size = config.train.global_batch_size // config.parallel.data_parallel_size
+    return build(config)
+
+
+def own_part(training: Training, step: int) -> Batch:
+    train, parallel = training.config.train, training.config.parallel
+    size = train.global_batch_size // parallel.data_parallel_size
     rows = slice(training.data_rank * size, (training.data_rank + 1) * size)
+    batch = global_batch(step)
+    assert batch.vision is not None
+    seen = batch.vision.select(rows)
+    return Batch(
+        input_ids=batch.input_ids[rows],
+        labels=batch.labels[rows],
+        position_ids=batch.position_ids[rows],
+        document_ids=batch.document_ids[rows],
+        # As a loader without any picture at hand would leave it.
+        vision=seen if len(seen.grids) else None,
+    )
+
+
+def train_rank(rank: int, config: RunConfig) -> list[dict[str, Any]]:
+    training = join(config)
     found = []
     for step in (1, 2):
-        batch = global_batch(step)
-        assert batch.vision is not None
-        seen = batch.vision.select(rows)
-        part = Batch(
-            input_ids=batch.input_ids[rows],
-            labels=batch.labels[rows],
-            position_ids=batch.position_ids[rows],
-            document_ids=batch.document_ids[rows],
-            # As a loader without any picture at hand would leave it.
-            vision=seen if len(seen.grids) else None,
-        )
-        record: dict[str, Any] = dict(train_step(training, part, step))
+        record: dict[str, Any] = dict(train_step(training, own_part(training, step), step))
         record["parameters"] = {
             name: value.full_tensor().detach().numpy().copy()
             for name, value in training.model.named_parameters()
@@ -99,3 +107,17 @@ def test_ranks_without_pictures_train_along(tiny_corpus: Path, micro: int) -> No
     start, end = reference[0]["parameters"], reference[1]["parameters"]
     moved = [n for n in start if n.startswith("vision.") and (start[n] != end[n]).any()]
     assert len(moved) == len([n for n in start if n.startswith("vision.")])
+
+
+def refused_by(rank: int, config: RunConfig) -> str:
+    training = join(config)
+    part = own_part(training, 1)
+    with pytest.raises(ValueError, match="placeholders") as caught:
+        train_step(training, replace(part, vision=None), 1)
+    return str(caught.value)
+
+
+def test_missing_pictures_of_one_rank_are_refused_by_all(tiny_corpus: Path) -> None:
+    said = run_distributed(refused_by, 2, recipe(tiny_corpus, 2, 2))
+    assert said[0] == said[1]
+    assert said[0].startswith("rank 0: model.vision.placeholder_token_id=511: the sequences hold")
