@@ -37,6 +37,9 @@ check: install
 bench: install
 	$(BIN)/mneme bench cli
 	$(BIN)/mneme bench step
+	$(BIN)/mneme bench model
+	$(BIN)/mneme bench mhc
+	$(BIN)/mneme bench attention
 
 clean:
 	rm -rf runs corpus .mypy_cache .ruff_cache .pytest_cache .hypothesis
