@@ -114,10 +114,11 @@ def _rows(name: str, result: Result) -> list[Row]:
 def flops_per_token() -> float:
     """Operations of matrix products in forward and backward: no recomputation, no masked scores."""
     mla, moe = CONFIG.mla, CONFIG.moe
-    hidden, heads = CONFIG.hidden_size, CONFIG.num_attention_heads
+    hidden, heads, rank = CONFIG.hidden_size, CONFIG.num_attention_heads, mla.q_lora_rank
+    assert rank is not None
     qk = mla.qk_nope_head_dim + mla.qk_rope_head_dim
-    attention = hidden * (mla.q_lora_rank + mla.kv_lora_rank + mla.qk_rope_head_dim)
-    attention += heads * mla.q_lora_rank * qk + heads * mla.v_head_dim * hidden
+    attention = hidden * (rank + mla.kv_lora_rank + mla.qk_rope_head_dim)
+    attention += heads * rank * qk + heads * mla.v_head_dim * hidden
     attention += heads * mla.kv_lora_rank * (mla.qk_nope_head_dim + mla.v_head_dim)
     experts = moe.num_experts_per_token + moe.num_shared_experts
     sparse = hidden * (3 * experts * moe.expert_intermediate_size + moe.num_experts)

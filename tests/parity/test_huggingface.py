@@ -67,6 +67,7 @@ YARN_V4 = YarnConfig(factor=4.0, original_max_position_embeddings=32)
 CASES = {
     "v3": replace(V3, moe=replace(V3.moe, num_expert_groups=2)),
     "v3 yarn": replace(V3, mla=replace(V3.mla, yarn=YARN)),
+    "v3 no query rank": replace(V3, mla=replace(V3.mla, q_lora_rank=None)),
     "v3 mtp": replace(V3, mtp_depth=1),
     "v3.2": V32,
     "v3.2 yarn": replace(V32, mla=replace(V32.mla, yarn=YARN)),
@@ -135,7 +136,7 @@ def test_transformers_computes_the_same_from_what_we_export(
     assert relative_error(our_logits(ours), their_logits(theirs, config)) < 2e-5
 
 
-@pytest.mark.parametrize("case", ["v3", "v3 yarn", "v3.2", "v4 yarn"])
+@pytest.mark.parametrize("case", ["v3", "v3 yarn", "v3 no query rank", "v3.2", "v4 yarn"])
 def test_we_compute_the_same_from_what_transformers_saves(case: str, tmp_path: Path) -> None:
     config = CASES[case]
     first = exported(write_run(tmp_path / "first", noisy(config)), tmp_path / "folder")

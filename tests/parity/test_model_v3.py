@@ -22,6 +22,7 @@ INDEXER = IndexerConfig(num_heads=16, head_dim=12, top_k=20)
 BLOCK_NAMES = {
     "input_layernorm.weight": "attention_norm.weight",
     "post_attention_layernorm.weight": "ffn_norm.weight",
+    "self_attn.q_proj.weight": "attention.q.weight",
     "self_attn.q_a_proj.weight": "attention.q_a.weight",
     "self_attn.q_a_layernorm.weight": "attention.q_a_norm.weight",
     "self_attn.q_b_proj.weight": "attention.q_b.weight",
@@ -147,6 +148,7 @@ CASES = {
     "v3": CONFIG,
     "v3 groups": replace(CONFIG, moe=GROUPED),
     "v3 yarn": replace(CONFIG, mla=replace(CONFIG.mla, yarn=YARN)),
+    "v3 no query rank": replace(CONFIG, mla=replace(CONFIG.mla, q_lora_rank=None)),
     "v3.2": replace(CONFIG, attention="dsa", indexer=INDEXER),
     "v3.2 gathered": replace(CONFIG, attention="dsa", indexer=replace(INDEXER, top_k=8)),
     "v3.2 yarn": replace(

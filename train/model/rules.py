@@ -85,6 +85,11 @@ def _compressed(config: ModelConfig) -> Problems:
 
 def _indexer(config: ModelConfig) -> Problems:
     width, rope = config.indexer.head_dim, config.mla.qk_rope_head_dim
+    if config.attention == "dsa" and config.mla.q_lora_rank is None:
+        yield (
+            "model.mla.q_lora_rank=null: the indexer of model.attention=dsa reads the query latent; "
+            "for example model.mla.q_lora_rank=1536, or model.attention=mla"
+        )
     if config.attention == "dsa" and width < rope:
         yield (
             f"model.indexer.head_dim={width}: must hold model.mla.qk_rope_head_dim={rope} rotated "

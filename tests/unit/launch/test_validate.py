@@ -104,6 +104,11 @@ def test_the_quick_start_is_valid(nano: RunConfig) -> None:
             "use 8 or fewer",
         ),
         (
+            {"model__attention": "dsa", "model__mla__q_lora_rank": None},
+            "model.mla.q_lora_rank=null: the indexer of model.attention=dsa reads the query latent",
+            "model.attention=mla",
+        ),
+        (
             {"model__mla__qk_rope_head_dim": 7},
             "model.mla.qk_rope_head_dim=7: rotary positions turn pairs",
             "use 6 or 8",

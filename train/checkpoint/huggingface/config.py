@@ -67,10 +67,13 @@ def _impossible(family: Family, keys: FamilyKeys, plain: Json) -> Iterator[str]:
                 "model with it cannot be exported"
             )
     for path in keys.pairs.values():
-        if _get(plain, path) is None or (path, _get(plain, path)) == ("moe.num_shared_experts", 0):
+        value = _get(plain, path)
+        # Their queries, too, may be without a rank.
+        absent = value is None and path != "mla.q_lora_rank"
+        if absent or (path, value) == ("moe.num_shared_experts", 0):
             yield (
-                f"model.{path}={_show(_get(plain, path))}: {family} always has it; a model without "
-                "cannot be exported"
+                f"model.{path}={_show(value)}: {family} always has it; a model without cannot be "
+                "exported"
             )
 
 

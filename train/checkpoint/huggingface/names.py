@@ -94,6 +94,7 @@ _BLOCK_V3: Mapping[str, Cut] = {
     "attention_norm.weight": whole("input_layernorm.weight"),
     "ffn_norm.weight": whole("post_attention_layernorm.weight"),
     # Rotary channels are neighbouring pairs in both: no permutation.
+    "attention.q.weight": whole("self_attn.q_proj.weight"),
     "attention.q_a.weight": whole("self_attn.q_a_proj.weight"),
     "attention.q_a_norm.weight": whole("self_attn.q_a_layernorm.weight"),
     "attention.q_b.weight": whole("self_attn.q_b_proj.weight"),

@@ -35,8 +35,8 @@ class MlaConfig:
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
-    q_lora_rank: int = 96
-    """Width of the query latent."""
+    q_lora_rank: int | None = 96
+    """Width of the query latent; null: one matrix for queries (DeepSeek-V2-Lite), `mla` only."""
     kv_lora_rank: int = 64
     """Width of the shared key-value latent."""
     qk_nope_head_dim: int = 32

@@ -46,7 +46,9 @@ class TokenIndexer(TrainedIndexer):
         heads, dim = config.indexer.num_heads, config.indexer.head_dim
         self.rope = config.mla.qk_rope_head_dim
         self.weight_scale = (heads * dim) ** -0.5
-        self.q_b = nn.Linear(config.mla.q_lora_rank, heads * dim, bias=False)
+        rank = config.mla.q_lora_rank
+        assert rank is not None, "refused by the rules of the model"
+        self.q_b = nn.Linear(rank, heads * dim, bias=False)
         self.k = nn.Linear(config.hidden_size, dim, bias=False)
         self.k_norm = nn.LayerNorm(dim, eps=1e-6)
         self.head_weights = nn.Linear(config.hidden_size, heads, bias=False)

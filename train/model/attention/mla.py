@@ -16,7 +16,7 @@ class Latents(NamedTuple):
     """What a token is projected to; rotary parts are rotated."""
 
     query: Float[Tensor, "batch seq q_lora_rank"]
-    """Normalised query latent c_q."""
+    """Normalised query latent c_q; x itself without one."""
     q_nope: Float[Tensor, "batch seq heads nope"]
     q_rope: Float[Tensor, "batch seq heads rope"]
     kv: Float[Tensor, "batch seq kv_lora_rank"]
@@ -31,9 +31,9 @@ class MultiHeadLatentAttention(nn.Module):
         [c_kv ; k_rope] = kv_a x          [k_nope ; v] = kv_b norm(c_kv)     per head
         o = softmax((q_nope . k_nope + R(q_rope) . R(k_rope)) * scale) v
 
-    The scale is 1 / sqrt(nope + rope), times YaRN's correction. The rotary key is one for all
-    heads. The number of heads follows from the width of `q_b`'s output, so a rank that holds some
-    of the heads runs the same code.
+    Without a query rank, [q_nope ; q_rope] = q x. The scale is 1 / sqrt(nope + rope), times YaRN's
+    correction. The rotary key is one for all heads. The number of heads follows from the width of
+    the queries, so a rank that holds some of the heads runs the same code.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -46,9 +46,14 @@ class MultiHeadLatentAttention(nn.Module):
         )
         self.kv_lora_rank, self.theta, self.yarn = mla.kv_lora_rank, mla.rope_theta, mla.yarn
         self.scale = (self.nope + self.rope) ** -0.5 * softmax_correction(mla.yarn)
-        self.q_a = nn.Linear(hidden, mla.q_lora_rank, bias=False)
-        self.q_a_norm = RMSNorm(mla.q_lora_rank, config.rms_norm_eps)
-        self.q_b = nn.Linear(mla.q_lora_rank, heads * (self.nope + self.rope), bias=False)
+        rank, queries = mla.q_lora_rank, heads * (self.nope + self.rope)
+        self.q: nn.Linear | None = None
+        if rank is None:
+            self.q = nn.Linear(hidden, queries, bias=False)
+        else:
+            self.q_a = nn.Linear(hidden, rank, bias=False)
+            self.q_a_norm = RMSNorm(rank, config.rms_norm_eps)
+            self.q_b = nn.Linear(rank, queries, bias=False)
         self.kv_a = nn.Linear(hidden, self.kv_lora_rank + self.rope, bias=False)
         self.kv_a_norm = RMSNorm(self.kv_lora_rank, config.rms_norm_eps)
         self.kv_b = nn.Linear(self.kv_lora_rank, heads * (self.nope + self.v_dim), bias=False)
@@ -76,9 +81,11 @@ class MultiHeadLatentAttention(nn.Module):
         sin: Float[Tensor, "batch seq pairs"],
     ) -> Latents:
         """Project every token."""
-        query = self.q_a_norm(self.q_a(x))
-        q = self.q_b(query).unflatten(-1, (-1, self.nope + self.rope))
-        q_nope, q_rope = q.split([self.nope, self.rope], dim=-1)
+        query = x if self.q is not None else self.q_a_norm(self.q_a(x))
+        q = self.q_b(query) if self.q is None else self.q(query)
+        q_nope, q_rope = q.unflatten(-1, (-1, self.nope + self.rope)).split(
+            [self.nope, self.rope], dim=-1
+        )
         latent, k_rope = self.kv_a(x).split([self.kv_lora_rank, self.rope], dim=-1)
         return Latents(
             query=query,

@@ -244,7 +244,7 @@ def test_all_keys_that_are_in_the_way_are_named_at_once() -> None:
         ({"attention_bias": True}, "attention_bias=true: only false"),
         ({"num_key_value_heads": 1}, "num_key_value_heads=1: only 2"),
         ({"new_trick": 3}, "config.json: new_trick=3: has no counterpart here"),
-        ({"q_lora_rank": None}, "q_lora_rank"),
+        ({"q_lora_rank": None}, "missing: model.layers.0.self_attn.q_proj.weight"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, 'rope_parameters={"type": "linear"'),
         ({"quantization_config": {"quant_method": "awq"}}, "convert the weights to bf16"),
         ({"model_type": "llama"}, "model_type=llama: cannot be imported; there is deepseek_v3"),
