@@ -19,11 +19,13 @@ class ParameterCount:
     total: int
     """Everything."""
     active: int
-    """What is multiplied with for a token: no rows of tables, and the token's experts only."""
+    """What is multiplied with for a token of text: no rows of tables, the token's experts only."""
     routed_experts: int
     """Routed experts, all of them."""
     engram_tables: int
     """Rows of the memories."""
+    vision: int
+    """The tower, which text does not pass."""
     mtp: int
     """Blocks of multi-token prediction, besides the total."""
 
@@ -41,13 +43,15 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
     experts = _size_of_all(model, Experts) - _size_of_all(model.mtp, Experts)
     tables = _size_of_all(model, EngramTable)
     embeddings = _size_of_all(model, TokenEmbedding)
+    vision = _size(model.vision) if model.vision is not None else 0
     total = _size(model) - mtp
     used = experts * config.moe.num_experts_per_token // config.moe.num_experts
     return ParameterCount(
         total=total,
-        active=total - tables - embeddings - experts + used,
+        active=total - tables - embeddings - vision - experts + used,
         routed_experts=experts,
         engram_tables=tables,
+        vision=vision,
         mtp=mtp,
     )
 
