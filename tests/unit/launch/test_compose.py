@@ -84,7 +84,7 @@ def test_all_mistakes_are_reported_at_once() -> None:
         "train.steps: not an override; type train.steps=VALUE",
         "train.steps=1,2: one value, not several;",
         "~train.steps: cannot be removed; type train.steps=VALUE",
-        "model=nope: no such file under recipes/model; use v4_nano",
+        "model=nope: no such file under recipes/model; use engram_27b,",
         "model.mla=4: must be a mapping; has the keys q_lora_rank,",
         "model.residual=mhcc: must be one of plain, hc, mhc, mhc_single_pass; use model.residual=mhc",
         "data.sources.docs.path=3: must be text",
@@ -162,7 +162,10 @@ def test_products_of_axes_are_not_judged_with_a_wrong_axis() -> None:
     [
         ("model.engram={num_heads: 8", "not readable as KEY=VALUE"),
         ("a b=3", "not readable as KEY=VALUE"),
-        ("data=null", "names a file under recipes/data; type data=NAME with one of quickstart"),
+        (
+            "data=null",
+            "names a file under recipes/data; type data=NAME with one of pretraining, quickstart",
+        ),
         ("~model", "names a file under recipes/model"),
         ("~data.sources.x", "no such entry to remove; data.sources has code, docs"),
         ("train=${nowhere}", "Interpolation key 'nowhere' not found"),
@@ -184,7 +187,7 @@ def test_entries_are_removed_and_added() -> None:
 
 def test_an_unknown_recipe_names_the_nearest() -> None:
     assert problems("v4_nan") == [
-        "v4_nan: no such recipe; nearest: v4_nano; or give a path to a .yaml"
+        "v4_nan: no such recipe; nearest: v4_nano, v3_nano, v32_nano; or give a path to a .yaml"
     ]
     assert problems("./v4_nano.yaml")[0].startswith("./v4_nano.yaml: no such file")
 
@@ -224,7 +227,7 @@ def test_another_recipe_can_be_put_on_top(tmp_path: Path) -> None:
         ("train: {}\ntrain: {}\n", "mine.yaml:2: found duplicate key train; not valid YAML"),
         ("- 1\n", "mine.yaml: must be a mapping"),
         ("defaults: [v4_nan]\n", "defaults: experiment/v4_nan does not exist; use v4_nano"),
-        ("defaults: [{override /model: nope}]\n", "model/nope does not exist; use v4_nano"),
+        ("defaults: [{override /model: nope}]\n", "model/nope does not exist; use engram_27b,"),
         ("defaults: [{override /model: no}]\n", "mine.yaml: Unsupported item value in defaults"),
         ("model: {engram: [1]}\n", "model.engram=[1]: must be a mapping; has the keys layers,"),
         ("data:\n  sources: [code]\n", "write data.sources.NAME.KEY=VALUE (mine.yaml:2)"),
