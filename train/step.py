@@ -186,14 +186,17 @@ def reduce_indexer_sums(training: Training, tokens: float) -> Record:
 def update_router_bias(training: Training) -> Record:
     """Move the load-balancing bias of every router that has one; returns the load metrics.
 
-    Nothing while the model is frozen: then no backward pass reaches a router, which is what counts.
+    While the model is frozen the bias stays, and no load is reported: routers count in backward,
+    which then reaches those behind an indexer only.
 
     Communication: one all-reduce of the token counts [MoE layers, experts] over the world.
     """
     layers = training.model.moe_layers()
-    if not layers or training.model.is_frozen:
+    if not layers:
         return {}
     counts = torch.stack([moe.take_load_counts() for moe in layers])
+    if training.model.is_frozen:
+        return {}
     dist.all_reduce(counts)
     for moe, layer_counts in zip(layers, counts, strict=True):
         moe.router.update_bias(layer_counts)

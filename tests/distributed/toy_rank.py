@@ -50,7 +50,9 @@ class Agreement:
 
 def save(run_dir: Path, step: int) -> None:
     if RANK == 0:
-        commit(begin(run_dir, step))
+        directory = begin(run_dir, step)
+        (directory / "checkpoint.json").write_text("{}")
+        commit(directory)
 
 
 def count(run_dir: Path, stop: StopRequest) -> int:

@@ -84,6 +84,12 @@ SEQUENCE = 100
 
 
 @pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Away from the corpus of a quick start: a tokenizer gives their embedding a padding row."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
     from transformers.utils import logging  # noqa: PLC0415
 

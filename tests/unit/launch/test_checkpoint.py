@@ -21,6 +21,12 @@ pytestmark = pytest.mark.filterwarnings(
 MODEL = replace(TINY, residual="plain", swiglu_limit=None, vocab_size=512)
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Away from the corpus of a quick start, whose tokenizer the recipe names."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     return write_run(tmp_path / "run", noisy(MODEL))

@@ -457,4 +457,5 @@ def test_memory_does_not_grow_with_the_model(
     ):
         before, peak = anonymous_memory(), 0
         convert(source, target)
-        assert 0 < peak - before < 16e6 < total / 10
+        assert peak > 0, "nothing was watched"
+        assert peak - before < 16e6 < total / 10
