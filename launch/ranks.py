@@ -2,10 +2,9 @@
 
 `launch.local` drives these. A rank gets the environment that torchrun would give it, and
 `torchrun -m train.run RUN_DIR` starts the same ranks: a test compares the two runs bit by bit.
-Ours are plain subprocesses instead, because of what torch's elastic agent does on one node: it
-turns every exit code into 1, so that a stop with a checkpoint looks like a crash; it dies of
-SIGUSR1 and leaves the ranks behind; it takes an exit with 85 for a failure and stops the others
-with a deadline of its own; stdout and stderr get two logs; and it costs an import of torch.
+Ours are plain subprocesses: torch's elastic agent takes an exit with 85 for a failure and ends the
+other ranks with a deadline of its own, writes stdout and stderr to two logs, hides the processes
+whose signals and memory the launcher looks at, and costs an import of torch.
 """
 
 import json
