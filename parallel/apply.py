@@ -13,15 +13,18 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from parallel.config import ParallelConfig
+from parallel.config import ContextSplit, ParallelConfig
 from parallel.expert import AllToAllDispatcher
 from parallel.layout import ParallelLayout
 from parallel.mesh import Meshes
+from parallel.sequence import SequenceSplit
+from parallel.torch_compat import ShardPlacementResult, shard_over
 
 
 @runtime_checkable
@@ -31,6 +34,13 @@ class DispatchSite(Protocol):
     num_experts: int
     dispatch: Callable[[Tensor, Tensor, Tensor, nn.Module], Tensor]
     """(tokens, expert indices, expert weights, experts) -> tokens; see `AllToAllDispatcher`."""
+
+
+@runtime_checkable
+class SequenceSite(Protocol):
+    """The module that decides which tokens of a sequence a rank computes."""
+
+    split: SequenceSplit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +55,8 @@ class ModelParts:
     """Modules whose parameters all have the experts as dim 0."""
     dispatch_sites: Sequence[DispatchSite]
     """The layers that call the expert modules."""
+    sequence_site: SequenceSite | None = None
+    """None: the model computes whole sequences on every rank."""
     fp32_modules: Sequence[Sequence[nn.Module]] = ()
     """Modules that keep their parameters as they are stored when the rest computes in bf16, for
     each block in the order of its forward pass. Each is used by calling it, once per pass."""
@@ -78,6 +90,8 @@ def apply_parallelism(
     group = meshes.ep.get_group()
     for site in parts.dispatch_sites:
         site.dispatch = AllToAllDispatcher(group, site.num_experts)
+    if parts.sequence_site is not None:
+        parts.sequence_site.split = sequence_split(meshes, config.context_split)
     _shard(parts, meshes, config.reshard_after_forward, param_dtype, reduce_dtype)
     for module in parts.root.modules():
         if isinstance(module, FSDPModule):
@@ -86,6 +100,20 @@ def apply_parallelism(
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     parts.root.register_forward_hook(_free_without_backward)
+
+
+def sequence_split(meshes: Meshes, kind: ContextSplit) -> SequenceSplit:
+    """The groups of this rank that share sequences; None where there is nothing to share."""
+
+    def group(mesh: DeviceMesh) -> dist.ProcessGroup | None:
+        return mesh.get_group() if mesh.size() > 1 else None
+
+    return SequenceSplit(
+        context=group(meshes.cp),
+        tensor=group(meshes.tp),
+        both=group(meshes.sequence),
+        kind=kind,
+    )
 
 
 def set_gradient_sync(root: nn.Module, on: bool) -> None:
@@ -150,21 +178,40 @@ def _shard(
         param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False
     )
     kept = MixedPrecisionPolicy(reduce_dtype=reduce_dtype, cast_forward_inputs=False)
+
+    over_tensor_shard = shard_over(meshes.tensor_shard)
+
+    def place(parameter: nn.Parameter) -> ShardPlacementResult | Shard:
+        # Ranks of a tensor-parallel group use a plain parameter on different tokens, so its
+        # gradient is summed over them as well: it is sharded over the whole stage.
+        return over_tensor_shard if isinstance(parameter, DTensor) else Shard(0)
+
     for module in parts.expert_modules:
         fully_shard(
-            module, mesh=meshes.edp, reshard_after_forward=reshard_after_forward, mp_policy=policy
+            module,
+            mesh=meshes.expert_shard,
+            reshard_after_forward=reshard_after_forward,
+            mp_policy=policy,
         )
+
+    def shard(module: nn.Module | list[nn.Module], *, free: bool, mp: MixedPrecisionPolicy) -> None:
+        fully_shard(
+            module,
+            mesh=meshes.stage_shard,
+            reshard_after_forward=free,
+            shard_placement_fn=place,
+            mp_policy=mp,
+        )
+
     if param_dtype.itemsize < torch.float32.itemsize:
         for group in filter(None, parts.fp32_modules):
             # FSDP2 gathers a group again only when a gradient reaches the module that ran last,
             # and gradients of an earlier one may be first. The group is small: it stays.
-            fully_shard(list(group), mesh=meshes.fsdp, reshard_after_forward=False, mp_policy=kept)
+            shard(list(group), free=False, mp=kept)
     for block in parts.blocks:
-        fully_shard(
-            block, mesh=meshes.fsdp, reshard_after_forward=reshard_after_forward, mp_policy=policy
-        )
+        shard(block, free=reshard_after_forward, mp=policy)
     # What the root holds (embedding, head) is needed right at the start of the backward pass.
-    fully_shard(parts.root, mesh=meshes.fsdp, reshard_after_forward=False, mp_policy=policy)
+    shard(parts.root, free=False, mp=policy)
 
 
 def _free_without_backward(root: nn.Module, args: object, output: object) -> None:

@@ -18,8 +18,8 @@ from parallel.config import ParallelConfig
 
 DENSE_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 EXPERT_AXES = ("pp", "edp", "ep")
-FSDP_AXES = ("dp_shard", "cp")
-"""Axes over which dense parameters are sharded."""
+SEQUENCE_AXES = ("cp", "tp")
+"""Axes over which the tokens of a sequence are spread."""
 STAGE_AXES = ("dp_replicate", "dp_shard", "cp", "tp")
 """Axes within one pipeline stage."""
 _SIZE_OF_AXIS = {
@@ -49,6 +49,7 @@ class ParallelLayout:
         """The layout that a recipe asks for."""
         return cls(
             pipeline=config.pipeline_parallel_size,
+            data_replicate=config.data_replicate_parallel_size,
             data=config.data_parallel_size,
             context=config.context_parallel_size,
             tensor=config.tensor_parallel_size,
@@ -69,6 +70,15 @@ class ParallelLayout:
     def expert_data_parallel_size(self) -> int:
         """Ranks that share the same experts."""
         return self.stage_size // self.expert
+
+    @property
+    def expert_replicate(self) -> int:
+        """Copies of the experts' parameters: those of the other parameters where they divide.
+
+        Expert groups that span copies leave none to keep apart, and the experts are sharded over all.
+        """
+        per_copy = self.stage_size // self.data_replicate
+        return self.data_replicate if per_copy % self.expert == 0 else 1
 
     def size(self, axis: str) -> int:
         """Ranks along a dense or expert axis, by its name in a mesh."""
@@ -99,7 +109,7 @@ class ParallelLayout:
         """Ranks that differ in `axes` only, for every value of the other axes.
 
         Args:
-            axes: dense or expert axes, outermost first: `groups("ep")`, `groups(*FSDP_AXES)`.
+            axes: dense or expert axes, outermost first: `groups("ep")`, `groups(*SEQUENCE_AXES)`.
 
         Returns:
             Groups in the order of their first ranks; every rank is in exactly one.
@@ -137,6 +147,7 @@ class ParallelLayout:
         """
         sizes = {
             "pipeline": self.pipeline,
+            "data_replicate": self.data_replicate,
             "data": self.data,
             "context": self.context,
             "tensor": self.tensor,
@@ -165,7 +176,7 @@ class ParallelLayout:
         legal = [size for size in range(1, common + 1) if common % size == 0]
         return [
             f"parallel.expert_parallel_size={self.expert}: must divide both "
-            f"parallel.data_parallel_size*context*tensor={self.stage_size} and "
+            f"parallel.data_parallel_size*data_replicate*context*tensor={self.stage_size} and "
             f"model.moe.num_experts={num_experts}; use {_either(legal)}"
         ]
 

@@ -9,26 +9,33 @@ from dataclasses import dataclass
 
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from parallel.layout import DENSE_AXES, EXPERT_AXES, FSDP_AXES, STAGE_AXES, ParallelLayout
+from parallel.layout import DENSE_AXES, EXPERT_AXES, ParallelLayout
 from parallel.torch_compat import flatten_mesh, unflatten_mesh
 
 
 @dataclass(frozen=True, kw_only=True)
 class Meshes:
-    """One-dimensional meshes; each holds the group of its axis that this rank belongs to."""
+    """Meshes of the groups that this rank belongs to; one-dimensional unless said otherwise."""
 
     world: DeviceMesh
     pp: DeviceMesh
     tp: DeviceMesh
     cp: DeviceMesh
-    ep: DeviceMesh
-    """Ranks that hold different experts."""
-    edp: DeviceMesh
-    """Ranks over which the parameters of the same experts are sharded."""
-    fsdp: DeviceMesh
-    """Ranks over which all other parameters are sharded: dp_shard x cp."""
+    sequence: DeviceMesh
+    """Ranks that share sequences: cp x tp."""
     stage: DeviceMesh
     """All ranks of a pipeline stage (one program, many data)."""
+    ep: DeviceMesh
+    """Ranks that hold different experts."""
+    expert_shard: DeviceMesh
+    """Ranks over which the parameters of the same experts are sharded: edp. With replication that
+    divides into it, two-dimensional: (replicas, edp)."""
+    tensor_shard: DeviceMesh
+    """Ranks over which tensor-parallel parameters are sharded: dp_shard x cp. With replication
+    two-dimensional: (dp_replicate, dp_shard x cp)."""
+    stage_shard: DeviceMesh
+    """Ranks over which all other parameters are sharded: dp_shard x cp x tp. With replication
+    two-dimensional: (dp_replicate, dp_shard x cp x tp)."""
 
 
 def build_mesh(layout: ParallelLayout, device_type: str) -> Meshes:
@@ -40,20 +47,44 @@ def build_mesh(layout: ParallelLayout, device_type: str) -> Meshes:
         layout: its `world_size` is that of the process group; `problems` found none.
         device_type: of the backend, for example `cpu`.
     """
-    assert layout.data_replicate == 1, (
-        "no mesh shards over dp_shard and replicates over dp_replicate"
-    )
     world = init_device_mesh(device_type, (layout.world_size,), mesh_dim_names=("world",))
-    dense = unflatten_mesh(world, tuple(map(layout.size, DENSE_AXES)), DENSE_AXES)
-    # Axis names are unique under a root, so the expert cut needs its own name for the pipeline.
-    expert = unflatten_mesh(world, tuple(map(layout.size, EXPERT_AXES)), ("expert_pp", "edp", "ep"))
+
+    # Axis names are unique under a root, so every cut of the same ranks needs names of its own.
+    def cut(sizes: dict[str, int]) -> DeviceMesh:
+        return unflatten_mesh(world, tuple(sizes.values()), tuple(sizes))
+
+    dense = cut({axis: layout.size(axis) for axis in DENSE_AXES})
+    expert = cut({f"expert_{axis}": layout.size(axis) for axis in EXPERT_AXES})
+    pp, copies = layout.pipeline, layout.data_replicate
+    per_copy = layout.data * layout.context
+    by_tensor = cut(
+        {"tensor_pp": pp, "tensor_copies": copies, "fsdp": per_copy, "tensor_tp": layout.tensor}
+    )
+    by_stage = cut({"stage_pp": pp, "stage_copies": copies, "full_shard": per_copy * layout.tensor})
+    expert_shard = expert["expert_edp"]
+    expert_copies = layout.expert_replicate
+    if expert_copies > 1:
+        by_expert = cut(
+            {
+                "copied_pp": pp,
+                "expert_copies": expert_copies,
+                "expert_shard": layout.expert_data_parallel_size // expert_copies,
+                "copied_ep": layout.expert,
+            }
+        )
+        expert_shard = by_expert["expert_copies", "expert_shard"]
     return Meshes(
         world=world,
         pp=dense["pp"],
-        tp=dense["tp"],
+        # FSDP2 joins this one with `tensor_shard`, so both come from the same cut.
+        tp=by_tensor["tensor_tp"],
         cp=dense["cp"],
-        ep=expert["ep"],
-        edp=expert["edp"],
-        fsdp=flatten_mesh(dense[FSDP_AXES], "fsdp"),
-        stage=flatten_mesh(dense[STAGE_AXES], "stage"),
+        sequence=flatten_mesh(dense["cp", "tp"], "sequence"),
+        stage=flatten_mesh(dense["dp_replicate", "dp_shard", "cp", "tp"], "stage"),
+        ep=(by_expert["copied_ep"] if expert_copies > 1 else expert["expert_ep"]),
+        expert_shard=expert_shard,
+        tensor_shard=by_tensor["tensor_copies", "fsdp"] if copies > 1 else by_tensor["fsdp"],
+        stage_shard=(
+            by_stage["stage_copies", "full_shard"] if copies > 1 else by_stage["full_shard"]
+        ),
     )

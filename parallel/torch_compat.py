@@ -5,6 +5,14 @@ A new torch version is checked by running the tests of this folder and adding it
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp._fully_shard._fsdp_common import (
+    FSDPMeshInfo,
+    HSDPMeshInfo,
+)
+from torch.distributed.fsdp._fully_shard._fsdp_common import (
+    ShardPlacementResult as ShardPlacementResult,  # what `shard_over` returns
+)
+from torch.distributed.tensor import Shard
 
 
 def unflatten_mesh(
@@ -35,3 +43,15 @@ def find_cpp_compiler() -> str | None:
         return get_cpp_compiler()
     except InvalidCxxCompiler:
         return None
+
+
+def shard_over(mesh: DeviceMesh) -> ShardPlacementResult:
+    """For `shard_placement_fn` of FSDP2: dim 0 over a mesh that may differ from the module's own.
+
+    Args:
+        mesh: one-dimensional, or two-dimensional (replicas, shards).
+    """
+    if mesh.ndim == 1:
+        return ShardPlacementResult(Shard(0), FSDPMeshInfo(mesh, shard_mesh_dim=0))
+    info = HSDPMeshInfo(mesh, shard_mesh_dim=1, replicate_mesh_dim=0)
+    return ShardPlacementResult(Shard(0), info)

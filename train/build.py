@@ -44,6 +44,8 @@ class Training:
     optimizer: Optimizers
     data_rank: int
     """This rank's index among the ranks that see different sequences."""
+    data_size: int
+    """Number of ranks that see different sequences."""
 
     def phase(self, step: int) -> Phase:
         """What batches optimizer step `step` trains on."""
@@ -66,7 +68,7 @@ class Training:
 
     def data_lanes(self) -> list[str]:
         """Names of the data lanes that this rank owns."""
-        return owned_lanes(self.num_lanes, self.data_rank, self.config.parallel.data_parallel_size)
+        return owned_lanes(self.num_lanes, self.data_rank, self.data_size)
 
 
 def build(config: RunConfig) -> Training:
@@ -115,6 +117,7 @@ def build(config: RunConfig) -> Training:
         model=model,
         optimizer=optimizer,
         data_rank=layout.data_rank(dist.get_rank()),
+        data_size=layout.data_parallel_size,
     )
 
 

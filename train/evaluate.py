@@ -27,7 +27,7 @@ def evaluate(training: Training) -> Record:
         seed=config.train.seed,
         global_batch_size=config.evaluate.num_sequences,
         data_rank=training.data_rank,
-        data_size=config.parallel.data_parallel_size,
+        data_size=training.data_size,
     )
     batch, _ = next(loader)
     check_batch(training, batch)

@@ -120,7 +120,7 @@ def open_batches(
             seed=config.train.seed,
             global_batch_size=phase.global_batch_size,
             data_rank=training.data_rank,
-            data_size=config.parallel.data_parallel_size,
+            data_size=training.data_size,
             state=data_state,
         )
         for _ in steps:

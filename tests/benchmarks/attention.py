@@ -24,6 +24,7 @@ from train.model.attention.config import CompressedConfig, IndexerConfig, MlaCon
 from train.model.attention.dsa import SparseLatentAttention
 from train.model.attention.mla import MultiHeadLatentAttention
 from train.model.config import ModelConfig
+from train.model.tokens import Tokens
 
 LENGTHS = (2048, 4096, 8192, 16384, 32768, 65536)
 LIMIT_SECONDS = 180.0
@@ -182,7 +183,7 @@ def measure(name: str, length: int) -> dict[str, float]:
     times: list[float] = []
     while sum(times) < REPEAT_SECONDS:
         started = time.process_time()
-        layer(x, positions, documents).sum().backward()
+        layer(x, Tokens.whole(documents, positions, documents)).sum().backward()
         times.append(time.process_time() - started)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     return {"seconds": min(times), "mebibytes": peak / 1024}

@@ -23,6 +23,7 @@ from train.model.attention.config import MlaConfig
 from train.model.config import HyperConnectionConfig, ModelConfig
 from train.model.initialize import parameter_init
 from train.model.streams import Streams, expand_streams
+from train.model.tokens import Tokens
 from train.model.transformer import Transformer
 
 TOKENS, ROUNDS, WARM_UP = 2048, 9, 2
@@ -136,7 +137,7 @@ class Step:
     def __call__(self) -> None:
         """All gradients of the block and of the streams that enter it."""
         ids = torch.zeros_like(self.places)
-        left = self.block(self.streams, ids, self.places, ids)
+        left = self.block(self.streams, Tokens.whole(ids, self.places, ids))
         leaves = [t for t in (*self.streams, *self.block.parameters()) if t is not None]
         torch.autograd.grad(left.x, leaves, self.grad)
 

@@ -84,7 +84,7 @@ def plan(rank: int) -> tuple[list[int], int]:
     backend.init_process_group(timeout_seconds=1.0)
     assert backend.device(0).type == "meta"
     meshes = build_mesh(ParallelLayout(data=2048, expert=64), backend.device_type)
-    return dist.get_process_group_ranks(meshes.ep.get_group()), meshes.edp.size()
+    return dist.get_process_group_ranks(meshes.ep.get_group()), meshes.expert_shard.size()
 
 
 def test_dry_stands_for_any_rank_of_a_large_world() -> None:

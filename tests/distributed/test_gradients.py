@@ -36,9 +36,9 @@ def whole_gradients() -> dict[str, Tensor]:
 def spread(meshes: Meshes, whole: dict[str, Tensor]) -> dict[str, Tensor]:
     """Parameters of zeros with the given gradients, stored in every way there is."""
     ways: dict[str, Any] = {
-        "sharded": (meshes.fsdp, [Shard(0)]),
-        "fewer rows than ranks": (meshes.fsdp, [Shard(0)]),
-        "replicated": (meshes.fsdp, [Replicate()]),
+        "sharded": (meshes.tensor_shard, [Shard(0)]),
+        "fewer rows than ranks": (meshes.tensor_shard, [Shard(0)]),
+        "replicated": (meshes.tensor_shard, [Replicate()]),
         "experts": (meshes.ep, [Shard(0)]),
     }
     parameters = {}

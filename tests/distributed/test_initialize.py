@@ -47,8 +47,8 @@ def filled(rank: int, data: int, expert: int) -> dict[str, NDArray[Any]]:
         model = Parts()
     weight = distribute_tensor(model.experts.weight, meshes.ep, [Shard(0)], src_data_rank=None)
     model.experts.weight = nn.Parameter(weight)
-    fully_shard(model.experts, mesh=meshes.edp)
-    fully_shard(model, mesh=meshes.fsdp)
+    fully_shard(model.experts, mesh=meshes.expert_shard)
+    fully_shard(model, mesh=meshes.tensor_shard)
     model.to_empty(device="cpu")
     fill_parameters(model.named_parameters(), INITS, seed=4)
     whole = {}

@@ -4,7 +4,7 @@ import pytest
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from parallel.layout import FSDP_AXES, STAGE_AXES, ParallelLayout
+from parallel.layout import SEQUENCE_AXES, STAGE_AXES, ParallelLayout
 from parallel.mesh import build_mesh
 from tests.harness import run_distributed
 
@@ -23,8 +23,8 @@ def check(rank: int, layout: ParallelLayout) -> None:
         (meshes.tp, ("tp",)),
         (meshes.cp, ("cp",)),
         (meshes.ep, ("ep",)),
-        (meshes.edp, ("edp",)),
-        (meshes.fsdp, FSDP_AXES),
+        (meshes.expert_shard, ("edp",)),
+        (meshes.tensor_shard, SEQUENCE_AXES),
         (meshes.stage, STAGE_AXES),
     ):
         (mine,) = [group for group in layout.groups(*axes) if rank in group]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.tokens import tokens_of
 from tests.unit.train.model.tiny import TINY, relative_error
 from train.model.attention.compressed import HybridAttention
 from train.model.attention.config import CompressedConfig, IndexerConfig, YarnConfig
@@ -132,7 +133,7 @@ def test_outputs_and_gradients_equal_transformers(ratio: int, yarn: YarnConfig |
     # 37 blocks of CSA, of which 6 are selected, and a tail; 9 of HCA.
     x = torch.randn(2, 150, CONFIG.hidden_size, requires_grad=True)
     positions = torch.arange(150).expand(2, 150)
-    found = ours(x, positions, torch.zeros_like(positions))
+    found = ours(x, tokens_of(positions, positions * 0))
     wanted = run_theirs(theirs, rotary, x)
     assert relative_error(found, wanted) < 2e-5
 

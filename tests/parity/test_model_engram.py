@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.tokens import tokens_of
 from tests.unit.train.model.tiny import relative_error
 from train.model.config import EngramConfig
 from train.model.engram import Engram
@@ -95,7 +96,7 @@ def test_gate_convolution_and_gradients_equal_transformers() -> None:
 
     ids = torch.randint(2, VOCAB, (2, 30), generator=torch.Generator().manual_seed(0))
     stream = torch.randn(2, 30, STREAMS, HIDDEN, requires_grad=True)
-    found = ours(stream, ids, torch.zeros_like(ids)) - stream
+    found = ours(stream, tokens_of(ids * 0, ids * 0, ids)) - stream
     wanted = theirs(stream.flatten(2), ids, None).view_as(stream)
     assert relative_error(found, wanted) < 2e-5
     direction = torch.randn_like(found)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from parallel.layout import DENSE_AXES, EXPERT_AXES, FSDP_AXES, STAGE_AXES, ParallelLayout
+from parallel.layout import DENSE_AXES, EXPERT_AXES, SEQUENCE_AXES, STAGE_AXES, ParallelLayout
 
 SIZES = st.integers(1, 3)
 
@@ -49,7 +49,7 @@ def test_coordinates_count_row_major_and_invert(layout: ParallelLayout) -> None:
 @settings(max_examples=25, deadline=None)
 @given(layouts())
 def test_every_rank_is_in_exactly_one_group_of_each_axis(layout: ParallelLayout) -> None:
-    axes_of_groups = [*((axis,) for axis in {*DENSE_AXES, *EXPERT_AXES}), FSDP_AXES, STAGE_AXES]
+    axes_of_groups = [*((axis,) for axis in {*DENSE_AXES, *EXPERT_AXES}), SEQUENCE_AXES, STAGE_AXES]
     for axes in axes_of_groups:
         groups = layout.groups(*axes)
         assert sorted(itertools.chain(*groups)) == list(range(layout.world_size))

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.tokens import tokens_of
 from tests.unit.train.model.tiny import FULL, MEMORY, build, packed, with_changes
 from train.model.attention.config import CompressedConfig, IndexerConfig
 from train.model.attention.dsa import SparseLatentAttention
@@ -94,7 +95,7 @@ def test_an_indexer_learns_from_each_document_as_if_it_were_alone(
 
     def learn(part: slice) -> list[Tensor]:
         layer.zero_grad()
-        layer(x[:, part], positions[:, part], documents[:, part]).sum().backward()
+        layer(x[:, part], tokens_of(positions[:, part], documents[:, part])).sum().backward()
         grads = [p.grad for p in layer.indexer.parameters() if p.grad is not None]
         return [layer.indexer.take_sums()[0], *grads]
 

@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, autograd, manual_seed, nn, randint, randn
 
+from tests.tokens import tokens_of
 from train.model.moe.config import MoeConfig
 from train.model.moe.hash_table import token_expert_table
 from train.model.moe.router import HashRouter, Router, TopKRouter
@@ -32,7 +33,7 @@ def check(router: Router, config: MoeConfig, seed: int, tokens: int) -> Tensor:
     ids = randint(0, 50, (2, tokens))
     router.load_counts.zero_()
     indices: Tensor
-    indices, weights = router(randn(2, tokens, 8), ids)
+    indices, weights = router(randn(2, tokens, 8), tokens_of(ids, ids, ids))
     autograd.backward(weights.sum())
     k = config.num_experts_per_token
     assert int(router.load_counts.sum()) == 2 * tokens * k

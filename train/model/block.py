@@ -1,7 +1,6 @@
 """One transformer block: memory, attention, feed-forward; called by `transformer` and `mtp`."""
 
-from jaxtyping import Int
-from torch import Tensor, nn
+from torch import nn
 
 from train.model.attention.compressed import HybridAttention
 from train.model.attention.dsa import SparseLatentAttention
@@ -13,6 +12,7 @@ from train.model.moe.layer import MoeLayer
 from train.model.norm import RMSNorm
 from train.model.residual import build_site
 from train.model.streams import Streams
+from train.model.tokens import Tokens
 
 
 class Block(nn.Module):
@@ -43,34 +43,18 @@ class Block(nn.Module):
     def forward(
         self,
         streams: Streams,
-        input_ids: Int[Tensor, "batch seq"],
-        position_ids: Int[Tensor, "batch seq"],
-        document_ids: Int[Tensor, "batch seq"],
-        *,
-        pair_positions: Int[Tensor, "batch seq pairs"] | None = None,
+        tokens: Tokens,
     ) -> Streams:
-        """Transform the streams.
-
-        Args:
-            streams: residual streams.
-            input_ids: what memory and hash routing go by.
-            position_ids: place of each token in its document.
-            document_ids: document of each token.
-            pair_positions: what each rotary pair turns by where that is not the place in the
-                document, see `axis_positions`; None for text.
-        """
+        """Transform the streams, which hold `tokens.part`."""
         if self.engram is not None:
-            streams = streams._replace(x=self.engram(streams.x, input_ids, document_ids))
+            streams = streams._replace(x=self.engram(streams.x, tokens))
         hidden, maps = self.attention_site(streams)
-        normalised = self.attention_norm(hidden)
-        output = self.attention(
-            normalised, position_ids, document_ids, pair_positions=pair_positions
-        )
+        output = self.attention(self.attention_norm(hidden), tokens)
         streams = self.attention_site.write(output, maps)
         hidden, maps = self.ffn_site(streams)
         normalised = self.ffn_norm(hidden)
         moe = isinstance(self.ffn, MoeLayer)
-        output = self.ffn(normalised, input_ids) if moe else self.ffn(normalised)
+        output = self.ffn(normalised, tokens) if moe else self.ffn(normalised)
         return self.ffn_site.write(output, maps)
 
 

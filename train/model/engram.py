@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from train.model.config import EngramConfig
 from train.model.engram_hash import HashGeometry, NgramHash
+from train.model.tokens import Tokens
 
 Lookup = Callable[[Int[Tensor, "batch seq columns"]], Float[Tensor, "batch seq columns head_dim"]]
 
@@ -84,12 +85,12 @@ class Engram(nn.Module):
     def forward(
         self,
         stream: Float[Tensor, "batch seq streams hidden"],
-        input_ids: Int[Tensor, "batch seq"],
-        document_ids: Int[Tensor, "batch seq"],
+        tokens: Tokens,
     ) -> Float[Tensor, "batch seq streams hidden"]:
         """Add what the memory knows about the n-grams that end at each token."""
         lookup: Lookup = self.lookup or self.table
-        memory = lookup(self.hash(input_ids, document_ids)).flatten(2).to(stream.dtype)
+        document_ids = tokens.document_ids
+        memory = lookup(self.hash(tokens.input_ids, document_ids)).flatten(2).to(stream.dtype)
         gate = self._gate(stream, self.key(memory).unflatten(-1, stream.shape[2:]))
         self.gate_mean = gate.detach().mean()
         update = gate.unsqueeze(-1) * self.value(memory).unsqueeze(2)

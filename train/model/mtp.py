@@ -13,6 +13,7 @@ from train.model.config import ModelConfig
 from train.model.norm import RMSNorm
 from train.model.residual import build_read_out
 from train.model.streams import Streams, expand_streams
+from train.model.tokens import Tokens
 
 
 class MultiTokenPrediction(nn.Module):
@@ -43,28 +44,18 @@ class MultiTokenPrediction(nn.Module):
         hidden: Float[Tensor, "batch seq hidden"],
         streams: Streams,
         next_embedding: Float[Tensor, "batch seq hidden"],
-        next_ids: Int[Tensor, "batch seq"],
-        *,
-        position_ids: Int[Tensor, "batch seq"],
-        document_ids: Int[Tensor, "batch seq"],
-        pair_positions: Int[Tensor, "batch seq pairs"] | None = None,
+        next_tokens: Tokens,
     ) -> Float[Tensor, "batch seq hidden"]:
         """What the shared head projects to the logits of token t+2.
 
         Args:
             hidden: read-out of the main model, before its final norm.
             streams: of the main model, after its last block.
-            next_embedding: shared embedding of `next_ids`.
-            next_ids: token t+1, see `next_tokens`.
-            position_ids: those of the main model.
-            document_ids: those of the main model.
-            pair_positions: those of the main model.
+            next_embedding: shared embedding of `next_tokens`.
+            next_tokens: those of the main model, one further.
         """
         entered = self.enter(hidden, streams, self.embedding_norm(next_embedding))
-        left = self.block(
-            entered, next_ids, position_ids, document_ids, pair_positions=pair_positions
-        )
-        normalised: Tensor = self.norm(self.read_out(left))
+        normalised: Tensor = self.norm(self.read_out(self.block(entered, next_tokens)))
         return normalised
 
 
@@ -106,19 +97,6 @@ def build_mtp(config: ModelConfig, block: Block) -> MultiTokenPrediction:
     """The module of kind `model.mtp_kind` around its block."""
     kind = StreamPrediction if config.mtp_kind == "v4" else ConcatenatedPrediction
     return kind(config, block)
-
-
-def next_tokens(
-    input_ids: Int[Tensor, "batch seq"], document_ids: Int[Tensor, "batch seq"]
-) -> Int[Tensor, "batch seq"]:
-    """Token t+1 of the same document at position t; where there is none, token t itself.
-
-    Those positions have no MTP label, and nothing of the next document leaks into this one.
-    """
-    shifted = input_ids.clone()
-    same = document_ids[:, 1:] == document_ids[:, :-1]
-    shifted[:, :-1] = torch.where(same, input_ids[:, 1:], input_ids[:, :-1])
-    return shifted
 
 
 def mtp_labels(

@@ -1,8 +1,8 @@
 """The whole model: embedding, blocks, head; built by `train.build`, called by `train.step`.
 
 Reads like the papers and knows no ranks. Parallelism is applied from outside to what `parts()`
-names; where communication cannot be avoided an attribute is replaced: `MoeLayer.dispatch` and
-`Engram.lookup`.
+names; where communication cannot be avoided an attribute is replaced: `Transformer.split`,
+`MoeLayer.dispatch` and `Engram.lookup`.
 """
 
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from data.vision import VisionInput
 from parallel.apply import ModelParts
+from parallel.sequence import SequenceSplit
 from train.model.attention.compressed import HybridAttention
 from train.model.attention.config import IndexerStage
 from train.model.attention.trained_indexer import TrainedIndexer
@@ -22,7 +23,7 @@ from train.model.engram import Engram
 from train.model.engram_hash import hash_geometries
 from train.model.hyper_connection import GatedReadOut
 from train.model.moe.layer import MoeLayer
-from train.model.mtp import build_mtp, next_tokens
+from train.model.mtp import build_mtp
 from train.model.multimodal.placeholders import PlacedRows
 from train.model.multimodal.tower import VisionTower
 from train.model.norm import RMSNorm
@@ -30,6 +31,7 @@ from train.model.residual import build_read_out
 from train.model.rotary import axis_positions
 from train.model.rules import violations
 from train.model.streams import expand_streams, num_streams
+from train.model.tokens import Tokens
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Transformer(nn.Module):
         if found := violations(config):
             raise ValueError("\n".join(found))
         self.config = config
+        self.split = SequenceSplit()
         self.embedding = TokenEmbedding(config.vocab_size, config.hidden_size)
         self.vision: VisionTower | None = None
         if config.vision is not None:
@@ -92,27 +95,18 @@ class Transformer(nn.Module):
         """
         rows = self._rows(input_ids, images)
         pair_positions = self._pair_positions(images)
-        streams = expand_streams(self._embed(input_ids, rows), self.config)
+        part = self.split.of(input_ids.shape[1])
+        tokens = Tokens(input_ids, position_ids, document_ids, part, pair_positions)
+        streams = expand_streams(self._embed(tokens, rows), self.config)
         for layer in self.layers.values():
-            streams = layer(
-                streams, input_ids, position_ids, document_ids, pair_positions=pair_positions
-            )
+            streams = layer(streams, tokens)
         hidden = self.read_out(streams)
         logits = self.head(self.norm(hidden))
         mtp_logits = []
-        next_ids = input_ids
         for module in self.mtp:
-            next_ids = next_tokens(next_ids, document_ids)
+            tokens = tokens.next()
             rows = None if rows is None else rows.next(document_ids)
-            predicted = module(
-                hidden,
-                streams,
-                self._embed(next_ids, rows),
-                next_ids,
-                position_ids=position_ids,
-                document_ids=document_ids,
-                pair_positions=pair_positions,
-            )
+            predicted = module(hidden, streams, self._embed(tokens, rows), tokens)
             mtp_logits.append(self.head(predicted))
         return TransformerOutput(logits, tuple(mtp_logits))
 
@@ -135,11 +129,9 @@ class Transformer(nn.Module):
             return None
         return axis_positions(images.rope_positions, self.vision.rope_sections)
 
-    def _embed(
-        self, input_ids: Int[Tensor, "batch seq"], rows: PlacedRows | None
-    ) -> Float[Tensor, "batch seq hidden"]:
-        """Vectors of the tokens, those of placeholders from the images."""
-        embedding: Tensor = self.embedding(input_ids)
+    def _embed(self, tokens: Tokens, rows: PlacedRows | None) -> Float[Tensor, "batch part hidden"]:
+        """Vectors of this rank's tokens, those of placeholders from the images."""
+        embedding: Tensor = self.embedding(tokens.part.take(tokens.input_ids))
         return embedding if rows is None else rows.replace_in(embedding)
 
     def blocks(self) -> list[Block]:
@@ -206,6 +198,7 @@ class Transformer(nn.Module):
             blocks=[*tower, *self.layers.values(), *self.mtp],
             expert_modules=[moe.experts for moe in self.moe_layers()],
             dispatch_sites=list(self.moe_layers()),
+            sequence_site=self,
             fp32_modules=[
                 *(group for block in self.blocks() if (group := _fp32_modules(block))),
                 *([module] for module in self.modules() if isinstance(module, GatedReadOut)),

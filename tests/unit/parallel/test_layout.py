@@ -2,7 +2,7 @@ import subprocess
 import sys
 
 from parallel.config import ParallelConfig
-from parallel.layout import FSDP_AXES, ParallelLayout
+from parallel.layout import SEQUENCE_AXES, ParallelLayout
 
 
 def test_from_config_takes_every_size() -> None:
@@ -24,7 +24,7 @@ def test_groups_of_an_example_worked_by_hand() -> None:
     layout = ParallelLayout(data=2, context=2, tensor=2, expert=4)
     assert layout.groups("tp") == [[0, 1], [2, 3], [4, 5], [6, 7]]
     assert layout.groups("cp") == [[0, 2], [1, 3], [4, 6], [5, 7]]
-    assert layout.groups(*FSDP_AXES) == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert layout.groups(*SEQUENCE_AXES) == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert layout.groups("ep") == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert layout.groups("edp") == [[0, 4], [1, 5], [2, 6], [3, 7]]
 
@@ -33,7 +33,7 @@ def test_problem_says_what_to_type() -> None:
     (problem,) = ParallelLayout(data=16, expert=6).problems(32)
     assert problem == (
         "parallel.expert_parallel_size=6: must divide both "
-        "parallel.data_parallel_size*context*tensor=16 and model.moe.num_experts=32; "
+        "parallel.data_parallel_size*data_replicate*context*tensor=16 and model.moe.num_experts=32; "
         "use 1, 2, 4, 8 or 16"
     )
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from train.model.attention.compressor import Blocks, Compressor
@@ -34,6 +34,7 @@ from train.model.attention.windowed import (
 from train.model.config import ModelConfig
 from train.model.norm import RMSNorm
 from train.model.rotary import rotary_tables, rotate_last
+from train.model.tokens import Tokens
 
 Tables = tuple[Float[Tensor, "batch seq pairs"], Float[Tensor, "batch seq pairs"]]
 
@@ -160,14 +161,11 @@ class HybridAttention(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "batch seq hidden"],
-        position_ids: Int[Tensor, "batch seq"],
-        document_ids: Int[Tensor, "batch seq"],
-        *,
-        pair_positions: Int[Tensor, "batch seq pairs"] | None = None,
+        tokens: Tokens,
     ) -> Float[Tensor, "batch seq hidden"]:
         """Attend from every token to its window and to earlier entries of its document."""
-        positions = position_ids if pair_positions is None else pair_positions
-        cos, sin = tables = rotary_tables(positions, self.rope, self.theta, self.yarn)
+        cos, sin = tables = rotary_tables(tokens.rotary_positions, self.rope, self.theta, self.yarn)
+        position_ids, document_ids = tokens.position_ids, tokens.document_ids
         blocks = Blocks.of(position_ids, document_ids, self.ratio)
         latent = self.q_a_norm(self.q_a(x))
         parts = self.parts(x, latent, blocks, tables)

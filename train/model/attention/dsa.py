@@ -23,6 +23,7 @@ from train.model.attention.mla import Latents, MultiHeadLatentAttention
 from train.model.attention.trained_indexer import TrainedIndexer
 from train.model.config import ModelConfig
 from train.model.rotary import rotary_tables, rotate_halves
+from train.model.tokens import Tokens
 
 _GATHER_SHARE = 8
 """Rows are gathered where a query attends to less than this part of the sequence (measured on a
@@ -98,17 +99,13 @@ class SparseLatentAttention(MultiHeadLatentAttention):
     def forward(
         self,
         x: Float[Tensor, "batch seq hidden"],
-        position_ids: Int[Tensor, "batch seq"],
-        document_ids: Int[Tensor, "batch seq"],
-        *,
-        pair_positions: Int[Tensor, "batch seq pairs"] | None = None,
+        tokens: Tokens,
     ) -> Float[Tensor, "batch seq hidden"]:
         """Attend from every token to selected earlier ones of its document; see `Block.forward`."""
-        positions = position_ids if pair_positions is None else pair_positions
-        cos, sin = rotary_tables(positions, self.rope, self.theta, self.yarn)
+        cos, sin = rotary_tables(tokens.rotary_positions, self.rope, self.theta, self.yarn)
         latents = self.latents(x, cos, sin)
         sparse = self.indexer.selects_among(x.shape[1])
-        visible = Visibility.of_tokens(document_ids)
+        visible = Visibility.of_tokens(tokens.document_ids)
         # Sharding wants every module called in every pass: an idle indexer gets no tokens.
         rows = slice(x.shape[1] if sparse or self.indexer.learns else 0)
         index: tuple[Tensor, Tensor, Tensor] = self.indexer(
@@ -116,7 +113,7 @@ class SparseLatentAttention(MultiHeadLatentAttention):
         )
         selected = select(*index, visible, self.indexer.top_k) if sparse else None
         loss = IndexerLoss(*index) if self.indexer.learns else None
-        mixed: Tensor = self.o(self.attend_to(latents, document_ids, selected, loss))
+        mixed: Tensor = self.o(self.attend_to(latents, tokens.document_ids, selected, loss))
         if loss is None:
             return mixed
         recall = self.measure_recall(latents, visible, index)

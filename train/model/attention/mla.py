@@ -10,6 +10,7 @@ from train.model.attention.core import Observer, attend
 from train.model.config import ModelConfig
 from train.model.norm import RMSNorm
 from train.model.rotary import rotary_tables, rotate, softmax_correction
+from train.model.tokens import Tokens
 
 
 class Latents(NamedTuple):
@@ -62,16 +63,12 @@ class MultiHeadLatentAttention(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "batch seq hidden"],
-        position_ids: Int[Tensor, "batch seq"],
-        document_ids: Int[Tensor, "batch seq"],
-        *,
-        pair_positions: Int[Tensor, "batch seq pairs"] | None = None,
+        tokens: Tokens,
     ) -> Float[Tensor, "batch seq hidden"]:
         """Attend from every token to the earlier ones of its document; see `Block.forward`."""
-        positions = position_ids if pair_positions is None else pair_positions
-        cos, sin = rotary_tables(positions, self.rope, self.theta, self.yarn)
+        cos, sin = rotary_tables(tokens.rotary_positions, self.rope, self.theta, self.yarn)
         latents = self.latents(x, cos, sin)
-        mixed: Tensor = self.o(self.attend_with_heads(latents, document_ids))
+        mixed: Tensor = self.o(self.attend_with_heads(latents, tokens.document_ids))
         return mixed
 
     def latents(

@@ -9,6 +9,7 @@ from train.model.config import ModelConfig
 from train.model.ffn import FeedForward
 from train.model.moe.experts import Experts, LocalDispatcher
 from train.model.moe.router import HashRouter, Router, TopKRouter
+from train.model.tokens import Tokens
 
 Dispatch = Callable[[Tensor, Tensor, Tensor, nn.Module], Tensor]
 """(tokens [tokens hidden], indices [tokens k], weights [tokens k], experts) -> [tokens hidden]."""
@@ -44,12 +45,12 @@ class MoeLayer(nn.Module):
         self.dispatch: Dispatch = LocalDispatcher(moe.num_experts)
 
     def forward(
-        self, x: Float[Tensor, "batch seq hidden"], input_ids: Int[Tensor, "batch seq"]
-    ) -> Float[Tensor, "batch seq hidden"]:
-        """Route, apply the experts and add the shared expert; hash routing goes by `input_ids`."""
-        indices, weights = self.router(x, input_ids)
-        tokens = x.flatten(0, 1)
-        routed = self.dispatch(tokens, indices.flatten(0, 1), weights.flatten(0, 1), self.experts)
+        self, x: Float[Tensor, "batch part hidden"], tokens: Tokens
+    ) -> Float[Tensor, "batch part hidden"]:
+        """Route, apply the experts and add the shared expert."""
+        indices, weights = self.router(x, tokens)
+        rows = x.flatten(0, 1)
+        routed = self.dispatch(rows, indices.flatten(0, 1), weights.flatten(0, 1), self.experts)
         out = routed.view(x.shape)
         return out if self.shared is None else out + self.shared(x)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from train.model.add_loss import add_loss
 from train.model.moe.config import MoeConfig, RouterKind
 from train.model.moe.hash_table import token_expert_table
+from train.model.tokens import Tokens
 
 
 class Router(nn.Module):
@@ -51,12 +52,12 @@ class Router(nn.Module):
         self.balance_loss.zero_()
 
     def forward(
-        self, x: Float[Tensor, "batch seq hidden"], input_ids: Int[Tensor, "batch seq"]
+        self, x: Float[Tensor, "batch seq hidden"], tokens: Tokens
     ) -> tuple[Int[Tensor, "batch seq k"], Float[Tensor, "batch seq k"]]:
         """Expert indices and their weights, the weights in fp32 or wider."""
         wide = torch.promote_types(x.dtype, torch.float32)
         scores = affinity(F.linear(x.to(wide), self.weight.to(wide)), self.kind)
-        indices = self.choose(scores.detach(), input_ids)
+        indices = self.choose(scores.detach(), tokens.part.take(tokens.input_ids))
         weights = scores.gather(-1, indices)
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20) * self.scaling
         if self.training and weights.requires_grad:

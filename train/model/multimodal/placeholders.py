@@ -12,8 +12,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from data.vision import VisionInput
-from train.model.mtp import next_tokens
 from train.model.multimodal.config import VisionConfig
+from train.model.tokens import next_tokens
 
 
 @dataclass(frozen=True)

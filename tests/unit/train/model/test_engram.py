@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.tokens import tokens_of
 from tests.unit.train.model.tiny import FULL, MEMORY, build, packed, with_changes
 from train.model.engram import Engram, causal_depthwise_conv
 from train.model.engram_hash import hash_geometries
@@ -34,7 +35,7 @@ def test_equals_the_released_formula_on_one_document(streams: int) -> None:
     made = memory(streams)
     ids, _, documents = packed((9,), batch=1)
     stream = torch.randn(1, 9, streams, 6)
-    found = made(stream, ids, documents)
+    found = made(stream, tokens_of(documents, documents, ids))
 
     rows = made.hash(ids, documents)
     embedded = made.table.weight[rows].flatten(2)
@@ -91,11 +92,11 @@ def test_injected_lookup_replaces_the_table() -> None:
     made = memory(2)
     ids, _, documents = packed((6,))
     stream = torch.randn(2, 6, 2, 6)
-    wanted = made(stream, ids, documents)
+    wanted = made(stream, tokens_of(documents, documents, ids))
     elsewhere = made.table.weight.detach().clone()
     torch.nn.init.zeros_(made.table.weight)
     made.lookup = lambda rows: elsewhere[rows]
-    assert torch.equal(made(stream, ids, documents), wanted)
+    assert torch.equal(made(stream, tokens_of(documents, documents, ids)), wanted)
 
 
 def test_zero_table_learns_from_the_first_step_and_only_where_it_was_read() -> None:
@@ -146,6 +147,6 @@ def test_dead_tokens_separate_what_stands_on_their_sides() -> None:
         torch.nn.init.normal_(parameter)
     ids = torch.tensor([[5, 6, 63, 63, 7, 8], [9, 6, 63, 63, 7, 8]])
     stream = torch.randn(1, 6, 2, 6).expand(2, -1, -1, -1)
-    first, second = made(stream, ids, torch.zeros_like(ids))
+    first, second = made(stream, tokens_of(ids * 0, ids * 0, ids))
     assert torch.equal(first[2:], second[2:])
     assert not torch.equal(first[1], second[1])

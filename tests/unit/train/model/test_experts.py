@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from tests.tokens import tokens_of
 from tests.unit.train.model.tiny import TINY, relative_error, with_changes
 from train.model.moe.config import MoeConfig
 from train.model.moe.experts import Experts, LocalDispatcher, grouped_linear
@@ -104,10 +105,10 @@ def test_layer_adds_the_shared_expert_and_takes_its_statistics(num_shared: int) 
         torch.nn.init.normal_(parameter, std=0.1)
     x, ids = torch.randn(2, 3, 32), torch.zeros(2, 3, dtype=torch.int64)
     layer.balance_scale = 0.5
-    found = layer(x, ids)
+    found = layer(x, tokens_of(ids, ids))
     torch.autograd.backward(found.sum())
     layer.dispatch = lambda tokens, *_: torch.zeros_like(tokens)
-    shared = layer(x, ids)
+    shared = layer(x, tokens_of(ids, ids))
     if layer.shared is None:
         assert shared.abs().sum() == 0
     else:

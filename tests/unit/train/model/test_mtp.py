@@ -2,10 +2,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.tokens import tokens_of
 from tests.unit.train.model.tiny import FULL, build, packed, relative_error, with_changes
 from train.model.config import HyperConnectionConfig, ModelConfig
-from train.model.mtp import ConcatenatedPrediction, StreamPrediction, mtp_labels, next_tokens
+from train.model.mtp import ConcatenatedPrediction, StreamPrediction, mtp_labels
 from train.model.streams import Streams, expand_streams
+from train.model.tokens import next_tokens
 
 GATED = HyperConnectionConfig(read_out="gated")
 V4 = with_changes(FULL, mtp_kind="v4", hyper_connection=GATED)
@@ -89,11 +91,9 @@ def test_v4_enters_every_stream_and_the_embedding(residual: str) -> None:
         torch.empty(2, 5, 32),
         streams,
         embedding,
-        ids,
-        position_ids=positions,
-        document_ids=documents,
+        tokens_of(positions, documents, ids),
     )
-    left = module.block(entered, ids, positions, documents)
+    left = module.block(entered, tokens_of(positions, documents, ids))
     wanted = rms(module.read_out(left), module.norm.weight)
     assert relative_error(found, wanted) < 1e-6
     assert module.read_out is not model.read_out

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from data.packing import Batch
 from data.vision import VisionInput, patchify
+from tests.tokens import tokens_of
 from tests.unit.train.model.images import (
     ENCODER,
     PLACEHOLDER,
@@ -179,14 +180,15 @@ def test_rows_stand_at_their_placeholders() -> None:
     assert model.vision is not None
     placed = model._rows(batch.input_ids, batch.vision)
     assert placed is not None
-    embedding = model._embed(batch.input_ids, placed)
+    tokens = tokens_of(batch.position_ids, batch.document_ids, batch.input_ids)
+    embedding = model._embed(tokens, placed)
     at = batch.input_ids == PLACEHOLDER
     rows = model.vision(batch.vision.patches, batch.vision.grids)
     assert len(rows) == 6 + 1 + 2
     assert torch.equal(embedding[at], rows)
     assert torch.equal(embedding[~at], model.embedding(batch.input_ids)[~at])
     # MTP is told at t what stands at t + 1: the third token of document 0 is its first row.
-    following = model._embed(batch.input_ids, placed.next(batch.document_ids))
+    following = model._embed(tokens, placed.next(batch.document_ids))
     assert torch.equal(following[0, 1], rows[0])
     # The last token of the first document is text, and sees no row of the next document.
     last = int((batch.document_ids[0] == 0).sum()) - 1
@@ -278,7 +280,7 @@ def test_a_text_model_pays_nothing() -> None:
     with Operations() as operations:
         assert model._rows(ids, None) is None
         assert model._pair_positions(None) is None
-        model._embed(ids, None)
+        model._embed(tokens_of(ids * 0, ids * 0, ids), None)
     assert operations.names == ["aten.embedding.default"]
 
 

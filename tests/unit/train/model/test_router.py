@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from tests.harness import run_distributed
+from tests.tokens import tokens_of
 from train.model.moe.config import MoeConfig, RouterKind
 from train.model.moe.router import HashRouter, Router, TopKRouter, sequence_balance_loss
 
@@ -29,7 +30,8 @@ def hash_router(config: MoeConfig = CONFIG, layer: int = 0) -> HashRouter:
 
 
 def route(made: Router, x: Tensor, ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    indices, weights = made(x, torch.zeros(x.shape[:2], dtype=torch.int64) if ids is None else ids)
+    none = torch.zeros(x.shape[:2], dtype=torch.int64)
+    indices, weights = made(x, tokens_of(none, none, ids))
     return indices, weights
 
 

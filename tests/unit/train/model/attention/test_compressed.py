@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.tokens import tokens_of
 from tests.unit.train.model.tiny import TINY, packed, relative_error
 from train.model.attention import compressed
 from train.model.attention.compressed import HybridAttention
@@ -75,7 +76,7 @@ def test_gathered_and_masked_selections_are_the_same(monkeypatch: pytest.MonkeyP
     for share in (8, 0):
         monkeypatch.setattr(compressed, "_GATHER_SHARE", share)
         module, leaf = attention(SPARSE), x.clone().requires_grad_()
-        out = module(leaf, positions, documents)
+        out = module(leaf, tokens_of(positions, documents))
         results.append([out, *torch.autograd.grad(out.square().sum(), [leaf, module.sink.logits])])
     for masked, gathered in zip(*results, strict=True):
         torch.testing.assert_close(gathered, masked, rtol=1e-5, atol=1e-5)

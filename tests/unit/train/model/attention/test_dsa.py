@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.tokens import tokens_of
 from tests.unit.train.model.tiny import TINY, build, packed, relative_error
 from train.model.attention import gathered
 from train.model.attention.config import IndexerConfig, IndexerStage
@@ -91,7 +92,7 @@ def test_output_loss_and_every_gradient_equal_whole_matrices(
 ) -> None:
     made = layer(top_k, stage)
     x, positions, documents = inputs()
-    found = made(x, positions, documents)
+    found = made(x, tokens_of(positions, documents))
     scores, p, wanted, allowed = whole_matrices(made)
     torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
 
@@ -111,7 +112,7 @@ def test_selecting_everything_is_the_dense_attention_bit_for_bit(top_k: int) -> 
     dense = MultiHeadLatentAttention(TINY).double()
     dense.load_state_dict(sparse.state_dict(), strict=False)
     x, positions, documents = inputs()
-    found, wanted = (module(x, positions, documents) for module in (sparse, dense))
+    found, wanted = (module(x, tokens_of(positions, documents)) for module in (sparse, dense))
     assert torch.equal(found, wanted)
     mine = dict(sparse.named_parameters())
     for name, parameter in dense.named_parameters():
@@ -124,8 +125,10 @@ def test_selecting_almost_everything_is_nearly_the_dense_attention() -> None:
     """Through the masked kernel, where every key is selected but the selection is not skipped."""
     made = layer(150)
     x, positions, documents = inputs()
-    wanted = layer(500)(x, positions, documents)
-    torch.testing.assert_close(made(x, positions, documents), wanted, rtol=1e-12, atol=1e-12)
+    wanted = layer(500)(x, tokens_of(positions, documents))
+    torch.testing.assert_close(
+        made(x, tokens_of(positions, documents)), wanted, rtol=1e-12, atol=1e-12
+    )
 
 
 def test_gathering_in_bf16_stays_close(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,7 +233,7 @@ def test_recall_is_that_of_the_selection_in_use() -> None:
     """Against the selection and the full attention of every query, at the sampled places."""
     made = layer(GATHERED)
     x, positions, documents = inputs()
-    made(x, positions, documents)
+    made(x, tokens_of(positions, documents))
     _, overlap, _, queries = made.indexer.take_sums().tolist()
     made.indexer.stage = "dense_warmup"
     scores, p, _, allowed = whole_matrices(made)
