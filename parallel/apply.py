@@ -24,7 +24,7 @@ from parallel.expert import AllToAllDispatcher
 from parallel.layout import ParallelLayout
 from parallel.mesh import Meshes
 from parallel.sequence import SequenceSplit
-from parallel.torch_compat import ShardPlacementResult, shard_over
+from parallel.torch_compat import place_tensor_parallel
 
 
 @runtime_checkable
@@ -179,13 +179,9 @@ def _shard(
     )
     kept = MixedPrecisionPolicy(reduce_dtype=reduce_dtype, cast_forward_inputs=False)
 
-    over_tensor_shard = shard_over(meshes.tensor_shard)
-
-    def place(parameter: nn.Parameter) -> ShardPlacementResult | Shard:
-        # Ranks of a tensor-parallel group use a plain parameter on different tokens, so its
-        # gradient is summed over them as well: it is sharded over the whole stage.
-        return over_tensor_shard if isinstance(parameter, DTensor) else Shard(0)
-
+    # Ranks of a tensor-parallel group use a plain parameter on different tokens, so its gradient is
+    # summed over them as well: it is sharded over the whole stage.
+    place = place_tensor_parallel(meshes.tensor_shard)
     for module in parts.expert_modules:
         fully_shard(
             module,

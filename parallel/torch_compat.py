@@ -3,16 +3,17 @@
 A new torch version is checked by running the tests of this folder and adding it to the line above.
 """
 
+from collections.abc import Callable
+
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp._fully_shard._fsdp_common import (
     FSDPMeshInfo,
     HSDPMeshInfo,
+    ShardPlacementResult,
 )
-from torch.distributed.fsdp._fully_shard._fsdp_common import (
-    ShardPlacementResult as ShardPlacementResult,  # what `shard_over` returns
-)
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import DTensor, Shard
 
 
 def unflatten_mesh(
@@ -45,13 +46,18 @@ def find_cpp_compiler() -> str | None:
         return None
 
 
-def shard_over(mesh: DeviceMesh) -> ShardPlacementResult:
-    """For `shard_placement_fn` of FSDP2: dim 0 over a mesh that may differ from the module's own.
+def place_tensor_parallel(
+    mesh: DeviceMesh,
+) -> Callable[[nn.Parameter], ShardPlacementResult | Shard]:
+    """For `shard_placement_fn` of FSDP2: parameters that are DTensors over a mesh of their own.
+
+    All are cut along dim 0; plain ones over the mesh of the `fully_shard` call.
 
     Args:
         mesh: one-dimensional, or two-dimensional (replicas, shards).
     """
-    if mesh.ndim == 1:
-        return ShardPlacementResult(Shard(0), FSDPMeshInfo(mesh, shard_mesh_dim=0))
-    info = HSDPMeshInfo(mesh, shard_mesh_dim=1, replicate_mesh_dim=0)
-    return ShardPlacementResult(Shard(0), info)
+    info = FSDPMeshInfo(mesh, shard_mesh_dim=0)
+    if mesh.ndim == 2:
+        info = HSDPMeshInfo(mesh, shard_mesh_dim=1, replicate_mesh_dim=0)
+    elsewhere = ShardPlacementResult(Shard(0), info)
+    return lambda parameter: elsewhere if isinstance(parameter, DTensor) else Shard(0)

@@ -77,7 +77,7 @@ def pair(layer: int) -> tuple[MoeLayer, nn.Module]:
 
 def run(model: nn.Module, x: Tensor, ids: Tensor, direction: Tensor) -> dict[str, Tensor]:
     """Output and all gradients, under our names."""
-    out = model(x, ids)
+    out = model(x, tokens_of(ids, ids, ids) if isinstance(model, MoeLayer) else ids)
     names = [NAMES.get(name, name) for name, _ in model.named_parameters()]
     leaves = [x, *model.parameters()]
     grads = torch.autograd.grad(out, leaves, direction)
