@@ -24,7 +24,9 @@ def check(rank: int, layout: ParallelLayout) -> None:
         (meshes.cp, ("cp",)),
         (meshes.ep, ("ep",)),
         (meshes.expert_shard, ("edp",)),
-        (meshes.tensor_shard, SEQUENCE_AXES),
+        (meshes.sequence, SEQUENCE_AXES),
+        (meshes.tensor_shard, ("dp_shard", "cp")),
+        (meshes.stage_shard, ("dp_shard", "cp", "tp")),
         (meshes.stage, STAGE_AXES),
     ):
         (mine,) = [group for group in layout.groups(*axes) if rank in group]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.tokens import tokens_of
 from tests.unit.train.model.tiny import TINY, relative_error
 from train.model.moe.config import MoeConfig
 from train.model.moe.layer import MoeLayer

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.tokens import tokens_of
 from tests.unit.train.model.attention.test_compressed import CONFIG, attention
 from tests.unit.train.model.tiny import packed
 
@@ -21,12 +22,12 @@ def test_packed_equals_alone(layer: int, lengths: list[int], seed: int) -> None:
         1, sum(lengths), CONFIG.hidden_size, generator=torch.Generator().manual_seed(seed)
     )
     with torch.no_grad():
-        together = MODULES[layer](x, positions, documents)
+        together = MODULES[layer](x, tokens_of(positions, documents))
         end = 0
         for length in lengths:
             part = slice(end, end + length)
             end += length
-            alone = MODULES[layer](x[:, part], positions[:, part], documents[:, part])
+            alone = MODULES[layer](x[:, part], tokens_of(positions[:, part], documents[:, part]))
             torch.testing.assert_close(alone, together[:, part], rtol=1e-4, atol=1e-4)
 
 
@@ -44,8 +45,8 @@ def test_a_changed_token_moves_nothing_before_it_nor_another_document(
     changed = x.clone()
     changed[0, place] += 1.0
     with torch.no_grad():
-        before = MODULES[layer](x, positions, documents)
-        after = MODULES[layer](changed, positions, documents)
+        before = MODULES[layer](x, tokens_of(positions, documents))
+        after = MODULES[layer](changed, tokens_of(positions, documents))
     moved = (before != after).any(-1)[0]
     later = (documents[0] == documents[0, place]) & (torch.arange(len(moved)) >= place)
     assert not moved[~later].any()

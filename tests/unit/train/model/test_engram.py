@@ -129,7 +129,8 @@ def test_without_convolution_the_gated_value_is_all() -> None:
     without.load_state_dict(with_taps.state_dict(), strict=False)
     ids, _, documents = packed((4, 5))
     stream = torch.randn(2, 9, 3, 6)
-    assert torch.equal(without(stream, ids, documents), with_taps(stream, ids, documents))
+    tokens = tokens_of(documents, documents, ids)
+    assert torch.equal(without(stream, tokens), with_taps(stream, tokens))
 
 
 def test_dead_tokens_separate_what_stands_on_their_sides() -> None:

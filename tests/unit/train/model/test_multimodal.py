@@ -276,11 +276,12 @@ def test_a_text_model_pays_nothing() -> None:
     """No module, no parameter, no buffer, and no operation but the lookup of the tokens."""
     model = build(FULL)
     assert not any("vision" in name for name, _ in model.named_modules())
-    ids, *_ = packed((9, 7))
+    ids, positions, documents = packed((9, 7))
+    tokens = tokens_of(positions, documents, ids)
     with Operations() as operations:
         assert model._rows(ids, None) is None
         assert model._pair_positions(None) is None
-        model._embed(tokens_of(ids * 0, ids * 0, ids), None)
+        model._embed(tokens, None)
     assert operations.names == ["aten.embedding.default"]
 
 

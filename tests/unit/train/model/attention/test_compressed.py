@@ -62,12 +62,13 @@ def test_layers_differ_by_their_ratio() -> None:
 
 
 def test_selecting_every_entry_is_attention_to_all_bitwise() -> None:
-    inputs = batch(30, 10, 9)
-    dense = attention(SPARSE, stage="dense")(*inputs)
-    assert torch.equal(attention(SPARSE, top_k=12)(*inputs), dense)
+    x, *places = batch(30, 10, 9)
+    tokens = tokens_of(*places)
+    dense = attention(SPARSE, stage="dense")(x, tokens)
+    assert torch.equal(attention(SPARSE, top_k=12)(x, tokens), dense)
     masked = attention(SPARSE, top_k=11)
-    torch.testing.assert_close(masked(*inputs), dense, rtol=1e-5, atol=1e-6)
-    assert relative_error(attention(SPARSE, top_k=2)(*inputs), dense) > 1e-3
+    torch.testing.assert_close(masked(x, tokens), dense, rtol=1e-5, atol=1e-6)
+    assert relative_error(attention(SPARSE, top_k=2)(x, tokens), dense) > 1e-3
 
 
 def test_gathered_and_masked_selections_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +137,7 @@ def test_the_indexer_learns_from_the_joint_softmax(
     inputs = (x.double(), positions, documents)
     assert module.indexer is not None
     module.indexer.loss_scale = 0.25
-    module(*inputs).sum().backward()
+    module(inputs[0], tokens_of(*inputs[1:])).sum().backward()
     found = module.indexer.take_sums()[0]
     gradients = {name: p.grad for name, p in module.indexer.named_parameters()}
 
@@ -159,7 +160,7 @@ def test_the_indexer_learns_nothing_else_and_teaches_nobody() -> None:
     assert speaking.indexer is not None
     speaking.indexer.loss_scale = 1.0
     for module in (silent, speaking):
-        module(*inputs).square().sum().backward()
+        module(inputs[0], tokens_of(*inputs[1:])).square().sum().backward()
     for (name, mine), other in zip(speaking.named_parameters(), silent.parameters(), strict=True):
         assert mine.grad is not None
         assert other.grad is not None
@@ -176,7 +177,8 @@ def test_short_documents_have_only_the_window(layer: int) -> None:
     if module.indexer is not None:
         module.indexer.loss_scale = 1.0
     # No document has a block, but the sequence is long enough for some.
-    out = module(*batch(3, 3, 2, 1, 3))
+    x, *places = batch(3, 3, 2, 1, 3)
+    out = module(x, tokens_of(*places))
     out.sum().backward()
     assert out.isfinite().all()
     gradients = {name: p.grad for name, p in module.named_parameters()}
@@ -189,7 +191,7 @@ def test_recall_counts_queries_that_see_more_entries_than_they_select() -> None:
     module = attention(SPARSE)
     assert module.indexer is not None
     inputs = batch(16)
-    module(*inputs)
+    module(inputs[0], tokens_of(*inputs[1:]))
     sums = module.indexer.take_sums()
     # Only the last query sees 4 entries; two sequences.
     assert sums[3] == 2
@@ -205,7 +207,7 @@ def test_recall_counts_queries_that_see_more_entries_than_they_select() -> None:
 def test_bf16_stays_close_to_fp32(layer: int) -> None:
     module = attention(layer, stage="dense")
     inputs = batch(40, 23)
-    wanted = module(*inputs)
+    wanted = module(inputs[0], tokens_of(*inputs[1:]))
     kept = set(module.fp32_modules())
     if module.indexer is not None:
         kept |= set(module.indexer.fp32_modules())
@@ -213,7 +215,7 @@ def test_bf16_stays_close_to_fp32(layer: int) -> None:
         if part not in kept:
             for name, parameter in part.named_parameters(recurse=False):
                 part.register_parameter(name, nn.Parameter(parameter.bfloat16()))
-    found = module(inputs[0].bfloat16(), *inputs[1:])
+    found = module(inputs[0].bfloat16(), tokens_of(*inputs[1:]))
     assert found.dtype == torch.bfloat16
     assert relative_error(found.float(), wanted) < 0.03
     assert F.mse_loss(found.float(), wanted) > 0

@@ -217,11 +217,12 @@ def test_a_stage_without_an_indexer_is_refused() -> None:
 
 def test_nothing_is_counted_without_training() -> None:
     made = layer(GATHERED)
+    x, *places = inputs()
     with torch.no_grad():
-        made(*inputs())
-    made.eval()(*inputs())
+        made(x, tokens_of(*places))
+    made.eval()(x, tokens_of(*places))
     assert made.indexer.take_sums().tolist() == [0] * 4
-    made.train()(*inputs())
+    made.train()(x, tokens_of(*places))
     divergence, overlap, mass, queries = made.indexer.take_sums().tolist()
     assert divergence > 0
     assert 0 < overlap < queries <= 2 * 16
@@ -285,7 +286,7 @@ def test_memory_grows_with_the_sequence_not_its_square(stage: IndexerStage, top_
 
         with LargestTensor() as seen:  # type: ignore[no-untyped-call]
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                out = made(x, positions, torch.zeros_like(positions))
+                out = made(x, tokens_of(positions, positions * 0))
             out.sum().backward()
         largest.append(seen.numbers)
         kept.append(sum(tensor.numel() for tensor in saved))
