@@ -148,6 +148,14 @@ def _model(config: RunConfig) -> Problems:
     yield from violations(config.model)
 
 
+def _recompute(config: RunConfig) -> Problems:
+    if config.train.recompute == "streams" and not config.model.residual.startswith("mhc"):
+        yield (
+            f"train.recompute=streams: model.residual={config.model.residual} has no streams that "
+            "come back by a site's write alone; use none or full, or model.residual=mhc"
+        )
+
+
 def _batch(config: RunConfig) -> Problems:
     train, data = config.train, config.parallel.data_parallel_size
     yield from _batch_of("train", train.global_batch_size, train.micro_batch_size, data)
@@ -258,6 +266,7 @@ _RULES: list[Rule] = [
     _name,
     _layout,
     _model,
+    _recompute,
     _stages,
     _batch,
     _ramp,

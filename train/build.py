@@ -142,6 +142,7 @@ def build_model(
     master_dtype = torch.float64 if config.train.dtype == "fp64" else torch.float32
     with torch.device("meta"):
         model = Transformer(config.model).to(master_dtype)
+    model.recompute(config.train.recompute)
     inits = parameter_init(model)
     apply_parallelism(
         model.parts(),

@@ -8,7 +8,7 @@ from pydantic import ConfigDict
 from data.config import DataConfig
 from parallel.config import ParallelConfig
 from train.model.attention.config import IndexerStage
-from train.model.config import ModelConfig
+from train.model.config import ModelConfig, Recompute
 
 TableKind = Literal["engram", "embedding", "head"]
 
@@ -110,6 +110,9 @@ class TrainConfig:
     one. Evaluation keeps `data.sequence_length` and `micro_batch_size`."""
     dtype: Literal["fp32", "bf16", "fp64"] = "fp32"
     """Compute type; master weights and optimizer states stay fp32 (fp64 for fp64)."""
+    recompute: Recompute = "none"
+    """What the backward pass computes again instead of keeping it: nothing; the residual streams of
+    mHC, from every few blocks' first and the sub-layers' outputs; or every block, in full."""
     deterministic: bool = True
     """Refuse operations whose result depends on timing."""
 

@@ -138,7 +138,7 @@ class Step:
         """All gradients of the block and of the streams that enter it."""
         ids = torch.zeros_like(self.places)
         left = self.block(self.streams, Tokens.whole(ids, self.places, ids))
-        leaves = [t for t in (*self.streams, *self.block.parameters()) if t is not None]
+        leaves = [*self.streams.tensors(), *self.block.parameters()]
         torch.autograd.grad(left.x, leaves, self.grad)
 
 

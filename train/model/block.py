@@ -1,6 +1,8 @@
 """One transformer block: memory, attention, feed-forward; called by `transformer` and `mtp`."""
 
+import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from train.model.attention.compressed import HybridAttention
 from train.model.attention.dsa import SparseLatentAttention
@@ -27,6 +29,8 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer_index: int, engram: Engram | None = None) -> None:
         super().__init__()
         self.engram = engram
+        self.recompute = False
+        """Keep only what enters the block, and repeat it in backward."""
         self.attention_site = build_site(config, 2 * layer_index)
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attention = build_attention(config, layer_index)
@@ -46,8 +50,18 @@ class Block(nn.Module):
         tokens: Tokens,
     ) -> Streams:
         """Transform the streams, which hold `tokens.part`."""
+        if self.recompute and torch.is_grad_enabled():
+            # Nothing in a block is random.
+            left: Streams = checkpoint(
+                self.compute, streams, tokens, use_reentrant=False, preserve_rng_state=False
+            )
+            return left
+        return self.compute(streams, tokens)
+
+    def compute(self, streams: Streams, tokens: Tokens) -> Streams:
+        """Memory, attention, feed-forward."""
         if self.engram is not None:
-            streams = streams._replace(x=self.engram(streams.x, tokens))
+            streams = streams.moved_to(self.engram(streams.x, tokens))
         hidden, maps = self.attention_site(streams)
         output = self.attention(self.attention_norm(hidden), tokens)
         streams = self.attention_site.write(output, maps)

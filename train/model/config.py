@@ -12,6 +12,7 @@ from train.model.multimodal.config import VisionConfig
 ResidualKind = Literal["plain", "hc", "mhc", "mhc_single_pass"]
 ReadOutKind = Literal["mean", "gated"]
 MtpKind = Literal["v3", "v4"]
+Recompute = Literal["none", "streams", "full"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

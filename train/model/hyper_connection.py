@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from train.model.config import ModelConfig
+from train.model.recompute import StreamSegment
 from train.model.stream_passes import EAGER, Passes, fused, wide_type
 from train.model.streams import Streams, num_streams
 
@@ -34,6 +35,8 @@ class Maps(NamedTuple):
     res: Float[Tensor, "batch seq streams streams"]
     next_read: Float[Tensor, "batch seq streams"] | None = None
     """Single-pass mHC: by which the next sub-layer reads."""
+    segment: StreamSegment | None = None
+    """From which `x` comes back in backward; None: it is kept."""
 
 
 class _Site(nn.Module):
@@ -54,16 +57,23 @@ class _Site(nn.Module):
         self.capture = False
         self.residual_map: Float[Tensor, "batch seq streams streams"] | None = None
 
-    def maps(self, x: Tensor, post: Tensor, res: Tensor, next_read: Tensor | None = None) -> Maps:
+    def maps(
+        self,
+        x: Tensor,
+        post: Tensor,
+        res: Tensor,
+        next_read: Tensor | None = None,
+        segment: StreamSegment | None = None,
+    ) -> Maps:
         """Hand the maps to `write`, and to a monitor if there is one."""
         if self.capture:
             self.residual_map = res.detach()
-        return Maps(x, post, res, next_read)
+        return Maps(x, post, res, next_read, segment)
 
     def write(self, output: Float[Tensor, "batch seq hidden"], maps: Maps) -> Streams:
         """`H_res x + H_post^T output`."""
-        x = _Write.apply(self.passes, maps.x, output, maps.post, maps.res)  # type: ignore[no-untyped-call]
-        return Streams(x, maps.next_read)
+        x = _Write.apply(self.passes, maps.segment, maps.x, output, maps.post, maps.res)  # type: ignore[no-untyped-call]
+        return Streams(x, maps.next_read, maps.segment)
 
 
 class HyperConnection(_Site):
@@ -128,9 +138,10 @@ class ManifoldHyperConnection(_Site):
         """The input of the sub-layer, and what `write` needs."""
         assert (streams.read is not None) == self.single_pass, "streams of another kind"
         layer_input, x, pre, post, res = _ManifoldRead.apply(
-            self, streams.x, streams.read, self.phi, self.alpha, self.bias
+            self, streams.segment, streams.x, streams.read, self.phi, self.alpha, self.bias
         )  # type: ignore[no-untyped-call]
-        return layer_input, self.maps(x, post, res, pre if self.single_pass else None)
+        next_read = pre if self.single_pass else None
+        return layer_input, self.maps(x, post, res, next_read, streams.segment)
 
 
 class GatedReadOut(nn.Module):
@@ -166,6 +177,7 @@ class _ManifoldRead(torch.autograd.Function):
     def forward(
         ctx: Any,
         site: ManifoldHyperConnection,
+        segment: StreamSegment | None,
         stream: Tensor,
         read: Tensor | None,
         *parameters: Tensor,
@@ -179,7 +191,9 @@ class _ManifoldRead(torch.autograd.Function):
         read = pre if read is None else _tokens(read)
         ctx.passes, ctx.single_pass = passes, site.single_pass
         ctx.num_iterations = site.num_iterations
-        ctx.save_for_backward(x, phi, alpha, bias, scale, projected, read, res)
+        ctx.place = None if segment is None else segment.place()
+        kept = x if segment is None else None
+        ctx.save_for_backward(kept, phi, alpha, bias, scale, projected, read, res)
         layer_input = passes.read(x, read)
         # detach() shares the memory without being a view, of which FSDP2 warns.
         layer_input, pre, post, res = (
@@ -192,7 +206,8 @@ class _ManifoldRead(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_input: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, phi, alpha, bias, scale, projected, read, res = ctx.saved_tensors
+        kept, phi, alpha, bias, scale, projected, read, res = ctx.saved_tensors
+        x = kept if ctx.place is None else ctx.place.read()
         passes, leading = ctx.passes, grad_input.shape[:2]
         df, g, grad_pre, grad_post, grad_res = (
             _tokens(grad).contiguous() for grad in (grad_input, *grads)
@@ -214,7 +229,10 @@ class _ManifoldRead(torch.autograd.Function):
         grad_product = grad_product.to(x.dtype)
         grad_x.flatten(1).addmm_(grad_product, phi.to(x.dtype))
         grad_phi = (grad_product.t() @ x.flatten(1)).to(phi.dtype)
+        if ctx.place is not None:
+            ctx.place.leave()
         return (
+            None,
             None,
             _split(grad_x, leading),
             _split(grad_read, leading) if single_pass else None,
@@ -251,21 +269,32 @@ class _Write(torch.autograd.Function):
     """`res x + post f` per token. The gradient of x is left to the site: see `Maps.x`."""
 
     @staticmethod
-    def forward(ctx: Any, passes: Passes, stream: Tensor, output: Tensor, *maps: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        passes: Passes,
+        segment: StreamSegment | None,
+        stream: Tensor,
+        output: Tensor,
+        *maps: Tensor,
+    ) -> Tensor:
         leading = stream.shape[:2]
         x, f, post, res = (_tokens(tensor) for tensor in (stream, output, *maps))
         ctx.passes = passes
-        ctx.save_for_backward(x, f, post)
+        ctx.place = None if segment is None else segment.place()
+        ctx.save_for_backward(x if segment is None else None, f, post)
+        if segment is not None:
+            segment.record(lambda x: passes.write(x, f, post, res))
         return _split(passes.write(x, f, post, res), leading).detach()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, f, post = ctx.saved_tensors
+        kept, f, post = ctx.saved_tensors
+        x = kept if ctx.place is None else ctx.place.read()
         leading = grad.shape[:2]
         grads = ctx.passes.write_grad(_tokens(grad).contiguous(), x, f, post)
         df, grad_post, grad_res = (_split(part, leading) for part in grads)
-        return None, grad, df, grad_post, grad_res
+        return None, None, grad, df, grad_post, grad_res
 
 
 def _project(x: Tensor, phi: Tensor) -> Tensor:

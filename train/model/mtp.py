@@ -90,7 +90,7 @@ class StreamPrediction(MultiTokenPrediction):
     def enter(self, hidden: Tensor, streams: Streams, embedding: Tensor) -> Streams:
         """Every stream of the main model, and the embedding."""
         projected = self.hidden_project(self.hidden_norm(streams.x))
-        return streams._replace(x=projected + self.embedding_project(embedding).unsqueeze(2))
+        return streams.moved_to(projected + self.embedding_project(embedding).unsqueeze(2))
 
 
 def build_mtp(config: ModelConfig, block: Block) -> MultiTokenPrediction:

@@ -1,7 +1,7 @@
 """The residual streams between sub-layers: what enters, travels through and leaves the blocks.
 
 `Streams` is the one thing that blocks hand on, whatever the kind of residual, and therefore also
-what a pipeline stage sends to the next: all its tensors that are not None, in order.
+what a pipeline stage sends to the next.
 """
 
 from typing import NamedTuple
@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from train.model.config import ModelConfig
+from train.model.recompute import StreamSegment
 
 
 class Streams(NamedTuple):
@@ -22,6 +23,29 @@ class Streams(NamedTuple):
     """Single-pass mHC: the coefficients A_{l-1} by which the next sub-layer reads `x`. They were
     computed from X_{l-1}. They are carried instead of the product A_{l-1} X_l, because Engram still
     adds to `x` before the read; n numbers a token beside n x hidden. None for all other kinds."""
+    segment: StreamSegment | None = None
+    """From which `x` is computed again in backward; None: it is kept. Stays on this rank."""
+
+    @classmethod
+    def of(cls, x: Tensor, read: Tensor | None = None) -> "Streams":
+        """From `tensors`."""
+        return cls(x, read)
+
+    def tensors(self) -> list[Tensor]:
+        """What there is of the state: what a pipeline stage sends to the next."""
+        return [self.x] if self.read is None else [self.x, self.read]
+
+    def moved_to(self, x: Float[Tensor, "batch seq streams hidden"]) -> "Streams":
+        """Other streams than a site wrote, read as these would be; a segment starts anew there."""
+        return Streams(x, self.read, None if self.segment is None else StreamSegment(x))
+
+    def in_new_segment(self) -> "Streams":
+        """The first streams of a segment; without gradients nothing is kept and none is made."""
+        return self._replace(segment=StreamSegment(self.x) if torch.is_grad_enabled() else None)
+
+    def without_segment(self) -> "Streams":
+        """The same, kept by whoever reads them."""
+        return self._replace(segment=None)
 
 
 def num_streams(config: ModelConfig) -> int:

@@ -17,7 +17,7 @@ from train.model.attention.compressed import HybridAttention
 from train.model.attention.config import IndexerStage
 from train.model.attention.trained_indexer import TrainedIndexer
 from train.model.block import Block
-from train.model.config import ModelConfig
+from train.model.config import ModelConfig, Recompute
 from train.model.embedding import OutputHead, TokenEmbedding
 from train.model.engram import Engram
 from train.model.engram_hash import hash_geometries
@@ -27,6 +27,7 @@ from train.model.mtp import build_mtp
 from train.model.multimodal.placeholders import PlacedRows
 from train.model.multimodal.tower import VisionTower
 from train.model.norm import RMSNorm
+from train.model.recompute import segment_length
 from train.model.residual import build_read_out
 from train.model.rotary import axis_positions
 from train.model.rules import violations
@@ -60,6 +61,8 @@ class Transformer(nn.Module):
             raise ValueError("\n".join(found))
         self.config = config
         self.split = SequenceSplit()
+        self.blocks_per_segment: int | None = None
+        """Keep the streams at every so many blocks only, see `StreamSegment`; None: at all."""
         self.embedding = TokenEmbedding(config.vocab_size, config.hidden_size)
         self.vision: VisionTower | None = None
         if config.vision is not None:
@@ -98,8 +101,11 @@ class Transformer(nn.Module):
         part = self.split.of(input_ids.shape[1])
         tokens = Tokens(input_ids, position_ids, document_ids, part, pair_positions)
         streams = expand_streams(self._embed(tokens, rows), self.config)
-        for layer in self.layers.values():
+        for number, layer in enumerate(self.layers.values()):
+            if self.blocks_per_segment and number % self.blocks_per_segment == 0:
+                streams = streams.in_new_segment()
             streams = layer(streams, tokens)
+        streams = streams.without_segment()
         hidden = self.read_out(streams)
         logits = self.head(self.norm(hidden))
         mtp_logits = []
@@ -133,6 +139,14 @@ class Transformer(nn.Module):
         """Vectors of this rank's tokens, those of placeholders from the images."""
         embedding: Tensor = self.embedding(tokens.part.take(tokens.input_ids))
         return embedding if rows is None else rows.replace_in(embedding)
+
+    def recompute(self, kind: Recompute) -> None:
+        """Say what the backward pass computes again: see `TrainConfig.recompute`."""
+        for block in self.blocks():
+            block.recompute = kind == "full"
+        self.blocks_per_segment = None
+        if kind == "streams":
+            self.blocks_per_segment = segment_length(len(self.layers), num_streams(self.config))
 
     def blocks(self) -> list[Block]:
         """All blocks, those of MTP last."""

@@ -123,12 +123,12 @@ def test_single_pass_reads_by_the_site_before() -> None:
 def test_analytic_gradients_of_a_whole_site(kind: str) -> None:
     site, streams = random_site(of_kind(kind)), random_streams(kind, 1, 2)
     output = torch.randn(1, 2, 5, dtype=torch.float64, requires_grad=True)
-    leaves = [tensor for tensor in streams if tensor is not None]
+    leaves = streams.tensors()
 
     def both(output: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-        layer_input, maps = site(Streams(*inputs[: len(leaves)]))
+        layer_input, maps = site(Streams.of(*inputs[: len(leaves)]))
         written = site.write(output, maps)
-        return layer_input, *(tensor for tensor in written if tensor is not None)
+        return layer_input, *written.tensors()
 
     assert torch.autograd.gradcheck(both, (output, *leaves, *site.parameters()))
 
@@ -153,7 +153,7 @@ def test_gated_read_out_equals_its_formula() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_bf16_streams_keep_their_type_with_fp32_maps(kind: str) -> None:
     site = random_site(of_kind(kind), 0.2).float()
-    streams = Streams(*(t.float() for t in random_streams(kind, 2, 3) if t is not None))
+    streams = Streams.of(*(t.float() for t in random_streams(kind, 2, 3).tensors()))
     low = streams._replace(x=streams.x.detach().bfloat16().requires_grad_())
     layer_input, maps = site(low)
     written = site.write(layer_input, maps)
