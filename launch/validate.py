@@ -12,6 +12,7 @@ from typing import Any
 
 from launch.schema import without
 from parallel.layout import ParallelLayout
+from parallel.runs import length_problem
 from train.config import RunConfig
 from train.model.rules import violations
 from train.recipe import from_plain, to_plain
@@ -144,6 +145,30 @@ def _layout(config: RunConfig) -> Problems:
     yield from layout.problems(config.model.moe.num_experts)
 
 
+def _sequences(config: RunConfig) -> Problems:
+    """Every length that is trained or evaluated on divides among the ranks that share sequences."""
+    parallel = config.parallel
+    lengths = {"data.sequence_length": config.data.sequence_length}
+    for index, stage in enumerate(config.train.stages):
+        if stage.sequence_length:
+            lengths[f"train.stages[{index}].sequence_length"] = stage.sequence_length
+    if config.model.attention == "v4_hybrid" and parallel.context_parallel_size > 1:
+        yield (
+            f"parallel.context_parallel_size={parallel.context_parallel_size}: this version does not "
+            "spread the sequences of model.attention=v4_hybrid; use 1, or model.attention=dsa"
+        )
+    for path, length in lengths.items():
+        problem = length_problem(
+            length,
+            parallel.context_parallel_size,
+            parallel.tensor_parallel_size,
+            parallel.context_split,
+            path,
+        )
+        if problem:
+            yield problem
+
+
 def _model(config: RunConfig) -> Problems:
     yield from violations(config.model)
 
@@ -265,6 +290,7 @@ def _stages(config: RunConfig) -> Problems:
 _RULES: list[Rule] = [
     _name,
     _layout,
+    _sequences,
     _model,
     _recompute,
     _stages,

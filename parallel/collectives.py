@@ -1,6 +1,6 @@
 """Collectives with the gradients that this framework needs, on public torch.distributed calls.
 
-Used by `expert`, `sequence` and `gradients`. torch's own differentiable collectives are not used: the gradient
+Used by `expert`, `sequence`, `pieces` and `gradients`. torch's own differentiable collectives are not used: the gradient
 of their all-reduce is another all-reduce, and their names change between versions.
 """
 
@@ -51,23 +51,24 @@ class _ExchangeRows(torch.autograd.Function):
         group: dist.ProcessGroup,
     ) -> Tensor:
         ctx.send_counts, ctx.receive_counts, ctx.group = send_counts, receive_counts, group
-        return _all_to_all(rows, send_counts, receive_counts, group)
+        return all_to_all(rows, send_counts, receive_counts, group)
 
     @staticmethod
     def backward(
         ctx: Any,  # noqa: ANN401
         *grads: Tensor,
     ) -> tuple[Tensor, None, None, None]:
-        grad = _all_to_all(grads[0], ctx.receive_counts, ctx.send_counts, ctx.group)
+        grad = all_to_all(grads[0], ctx.receive_counts, ctx.send_counts, ctx.group)
         return grad, None, None, None
 
 
-def _all_to_all(
-    rows: Tensor,
+def all_to_all(
+    rows: Shaped[Tensor, "rows *rest"],
     send_counts: Sequence[int],
     receive_counts: Sequence[int],
     group: dist.ProcessGroup,
-) -> Tensor:
+) -> Shaped[Tensor, "received *rest"]:
+    """`exchange_rows` without a gradient, also for one rank."""
     received = rows.new_empty((sum(receive_counts), *rows.shape[1:]))
     dist.all_to_all_single(
         received, rows.contiguous(), list(receive_counts), list(send_counts), group=group
@@ -142,14 +143,14 @@ def _all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     # Collectives join dim 0, so the batch goes behind the tokens and back.
     rows = x.transpose(0, 1).contiguous()
     gathered = rows.new_empty((group.size() * rows.shape[0], *rows.shape[1:]))
-    dist.all_gather_into_tensor(gathered, rows, group=group)
+    dist.all_gather_single(gathered, rows, group=group)
     return gathered.transpose(0, 1).contiguous()
 
 
 def _reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     rows = x.transpose(0, 1).contiguous()
     piece = rows.new_empty((rows.shape[0] // group.size(), *rows.shape[1:]))
-    dist.reduce_scatter_tensor(piece, rows, group=group)
+    dist.reduce_scatter_single(piece, rows, group=group)
     return piece.transpose(0, 1).contiguous()
 
 

@@ -161,7 +161,7 @@ class ParallelLayout:
         found += [
             f"parallel.{name}_parallel_size={sizes[name]}: this version has no {name} parallelism; "
             "use 1"
-            for name in ("pipeline", "context", "tensor")
+            for name in ("pipeline", "tensor")
             if sizes[name] > 1
         ]
         if min(sizes.values()) >= 1:

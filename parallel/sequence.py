@@ -7,12 +7,13 @@ whole sequences on every rank: they are integers, and a rank takes what it needs
 
     whole sequence  --take-->  part  --gather_queries-->  queries  --scatter_queries-->  part
                                part  --gather-->  whole sequence
+                               part  --with_history-->  part and the tokens before its runs
 
-`parallel.apply` gives the model a `SequenceSplit`; without one nothing is spread and nothing moves.
+Which places of the sequence these tokens have is a matter of `runs`. `parallel.apply` gives the model a `SequenceSplit`; without one nothing is spread and nothing moves.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,15 @@ from torch import Tensor
 
 from parallel.collectives import gather_dim1, reduce_scatter_dim1, sum_over
 from parallel.config import ContextSplit
+from parallel.pieces import fetch_pieces
+from parallel.runs import (
+    Exchange,
+    context_runs,
+    joined,
+    length_problem,
+    part_runs,
+    reaching_back,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +45,7 @@ class SequenceSplit:
     """All ranks that share a sequence, context-parallel ranks first: rank = context * tensor_size
     + tensor."""
     kind: ContextSplit = "zigzag"
+    _parts: dict[int, "SequencePart"] = field(default_factory=dict, compare=False, repr=False)
 
     def of(self, length: int) -> "SequencePart":
         """This rank's part of sequences of `length` tokens.
@@ -42,8 +53,10 @@ class SequenceSplit:
         Raises:
             ValueError: the tokens do not divide evenly.
         """
-        cp, tp = (_rank_and_size(group) for group in (self.context, self.tensor))
-        return SequencePart(self, length, cp, tp)
+        if length not in self._parts:
+            cp, tp = (_rank_and_size(group) for group in (self.context, self.tensor))
+            self._parts[length] = SequencePart(self, length, cp, tp)
+        return self._parts[length]
 
 
 class SequencePart:
@@ -66,17 +79,22 @@ class SequencePart:
             raise ValueError(problem)
         self.split, self.length = split, length
         ranks = [(c, t) for c in range(cp[1]) for t in range(tp[1])]
-        parts = {(c, t): part_runs(length, (c, cp[1]), (t, tp[1]), split.kind) for c, t in ranks}
-        self.runs: tuple[range, ...] = parts[cp[0], tp[0]]
-        """Places in the sequence of the tokens of this rank's streams, in order."""
-        self.query_runs: tuple[range, ...] = context_runs(length, cp, split.kind)
+        self.rank = ranks.index((cp[0], tp[0]))
+        """Place among the ranks that share the sequence."""
+        self.all_runs = [part_runs(length, (c, cp[1]), (t, tp[1]), split.kind) for c, t in ranks]
+        """Places in the sequence of the tokens of every rank's streams, in order."""
+        self.runs = self.all_runs[self.rank]
+        """Those of this rank."""
+        self._all_query_runs = [context_runs(length, (c, cp[1]), split.kind) for c, _ in ranks]
+        self.query_runs = self._all_query_runs[self.rank]
         """Places of the tokens of this rank's tensor-parallel group, in order: its queries."""
-        self._gathered_runs = [run for rank in ranks for run in parts[rank]]
-        self._in_order = len(_joined(self._gathered_runs)) == 1
-        self._places: dict[torch.device, Tensor] = {}
+        width = length // len(ranks)
+        self.own_queries = slice(tp[0] * width, (tp[0] + 1) * width)
+        """Which of the queries are tokens of this rank's streams."""
         self.is_whole = len(ranks) == 1
         """Whether the sequence is not spread at all."""
-        self.num_ranks = len(ranks)
+        self._places: dict[torch.device, Tensor] = {}
+        self._exchanges: dict[tuple[int, bool], Exchange] = {}
 
     @property
     def num_tokens(self) -> int:
@@ -97,6 +115,10 @@ class SequencePart:
     ) -> Shaped[Tensor, "batch queries *rest"]:
         """The tokens of the rank's tensor-parallel group of whole sequences: for integers."""
         return _take(x, self.query_runs)
+
+    def own(self, x: Shaped[Tensor, "batch queries *rest"]) -> Shaped[Tensor, "batch part *rest"]:
+        """The rank's own tokens of the queries, without a gradient rule."""
+        return x if self.num_tokens == self.num_queries else x[:, self.own_queries]
 
     def gather_queries(
         self, x: Shaped[Tensor, "batch part *rest"]
@@ -122,7 +144,37 @@ class SequencePart:
         Communication: an all-gather over cp x tp; a reduce-scatter of the gradients in backward.
         """
         whole = gather_dim1(x, self.split.both)
-        return whole if self._in_order else whole.index_select(1, self._gathered_places(x.device))
+        in_order = len(joined([run for runs in self.all_runs for run in runs])) == 1
+        return whole if in_order else whole.index_select(1, self._gathered_places(x.device))
+
+    def gather_together(
+        self, *xs: Float[Tensor, "batch part _"]
+    ) -> tuple[Float[Tensor, "batch seq _"], ...]:
+        """`gather` of several tensors of one type in one collective."""
+        if self.is_whole:
+            return xs
+        widths = [x.shape[-1] for x in xs]
+        return tuple(torch.split(self.gather(torch.cat(xs, dim=-1)), widths, dim=-1))
+
+    def with_history(
+        self, history: int, *xs: Float[Tensor, "batch part *_"]
+    ) -> tuple[Float[Tensor, "batch held *_"], ...]:
+        """Each of the rank's runs after the `history` tokens before it: `reaching_back(runs)`.
+
+        Communication: an all-to-all over cp x tp of the tokens before the runs only, and one back in
+        backward; see `fetch_pieces`.
+
+        Args:
+            history: tokens, of any number of ranks; there are fewer at the start of the sequence.
+            xs: of the rank's own tokens.
+        """
+        return self._fetch(history, xs, queries=False)
+
+    def queries_with_history(
+        self, history: int, *xs: Float[Tensor, "batch part *_"]
+    ) -> tuple[Float[Tensor, "batch held *_"], ...]:
+        """The same for the runs of the queries: `reaching_back(query_runs)`."""
+        return self._fetch(history, xs, queries=True)
 
     def sum_over(self, x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
         """Sum over all ranks that share the sequence, without gradient.
@@ -131,71 +183,29 @@ class SequencePart:
         """
         return x if self.split.both is None else sum_over(x, self.split.both)
 
+    def sum_over_heads(self, x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
+        """Sum over the tensor-parallel ranks, each of which has some heads, without gradient.
+
+        Communication: an all-reduce over tp.
+        """
+        return x if self.split.tensor is None else sum_over(x, self.split.tensor)
+
+    def _fetch(self, history: int, xs: tuple[Tensor, ...], *, queries: bool) -> tuple[Tensor, ...]:
+        if self.split.both is None or not (history or (queries and self.split.tensor)):
+            return xs
+        if (history, queries) not in self._exchanges:
+            runs = self._all_query_runs if queries else self.all_runs
+            wanted = [reaching_back(of_rank, history) for of_rank in runs]
+            exchange = Exchange.plan(self.all_runs, wanted, self.rank)
+            self._exchanges[history, queries] = exchange
+        return fetch_pieces(self._exchanges[history, queries], self.split.both, *xs)
+
     def _gathered_places(self, device: torch.device) -> Tensor:
         """Where in the concatenation of the ranks' tokens the token of each place is."""
         if device not in self._places:
-            runs = [torch.arange(run.start, run.stop) for run in self._gathered_runs]
-            self._places[device] = torch.cat(runs).argsort().to(device)
+            places = [torch.arange(run.start, run.stop) for runs in self.all_runs for run in runs]
+            self._places[device] = torch.cat(places).argsort().to(device)
         return self._places[device]
-
-
-def length_problem(length: int, context: int, tensor: int, kind: ContextSplit) -> str | None:
-    """What is wrong with sequences of `length` tokens on `context` x `tensor` ranks, if anything."""
-    pieces = context * tensor * (2 if kind == "zigzag" and context > 1 else 1)
-    if length % pieces == 0:
-        return None
-    below = length - length % pieces
-    fits = f"{below} or {below + pieces}" if below else str(pieces)
-    return (
-        f"data.sequence_length={length}: must be a multiple of {pieces} with "
-        f"parallel.context_parallel_size={context} (parallel.context_split={kind}) and "
-        f"parallel.tensor_parallel_size={tensor}; use {fits}"
-    )
-
-
-def context_runs(length: int, cp: tuple[int, int], kind: ContextSplit) -> tuple[range, ...]:
-    """Places of the tokens of a context-parallel rank, in order.
-
-    Args:
-        length: tokens of the sequence.
-        cp: rank and number of ranks.
-        kind: contiguous, or zigzag: causal attention of early tokens costs less, so each rank gets
-            the i-th and the i-th last of twice as many pieces.
-    """
-    rank, size = cp
-    if kind == "contiguous" or size == 1:
-        piece = length // size
-        return (range(rank * piece, (rank + 1) * piece),)
-    piece, last = length // (2 * size), 2 * size - 1 - rank
-    return _joined(
-        [range(rank * piece, (rank + 1) * piece), range(last * piece, (last + 1) * piece)]
-    )
-
-
-def part_runs(
-    length: int, cp: tuple[int, int], tp: tuple[int, int], kind: ContextSplit
-) -> tuple[range, ...]:
-    """Places of the tokens of one rank: the tp-th equal piece of its context-parallel rank's."""
-    rank, size = tp
-    width = length // cp[1] // size
-    start, end, before, found = rank * width, (rank + 1) * width, 0, []
-    for run in context_runs(length, cp, kind):
-        inside = run[max(0, start - before) : max(0, end - before)]
-        if len(inside):
-            found.append(inside)
-        before += len(run)
-    return tuple(found)
-
-
-def _joined(runs: Sequence[range]) -> tuple[range, ...]:
-    """Neighbouring runs as one."""
-    joined: list[range] = []
-    for run in runs:
-        if joined and joined[-1].stop == run.start:
-            joined[-1] = range(joined[-1].start, run.stop)
-        else:
-            joined.append(run)
-    return tuple(joined)
 
 
 def _take(x: Tensor, runs: Sequence[range]) -> Tensor:

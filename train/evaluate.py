@@ -33,9 +33,10 @@ def evaluate(training: Training) -> Record:
     check_batch(training, batch)
     training.model.eval()
     sums = torch.zeros(2, dtype=training.sum_dtype, device=training.device)
-    for part in split(batch, config.train.micro_batch_size):
-        sums[0] += token_losses(training, part)[0]
-        sums[1] += (part.labels >= 0).sum()
+    for microbatch in split(batch, config.train.micro_batch_size):
+        sums[0] += token_losses(training, microbatch)[0]
+    labels = training.model.split.of(batch.labels.shape[1]).take(batch.labels)
+    sums[1] += (labels >= 0).sum()
     dist.all_reduce(sums)
     total, tokens = sums.tolist()
     return {"validation/loss": total / max(1.0, tokens)}

@@ -26,7 +26,7 @@ from train.optim.schedule import learning_rate, mtp_loss_weight
 
 
 def train_step(training: Training, batch: Batch, step: int) -> Record:
-    """Train on this rank's part of the global batch of optimizer step `step`.
+    """Train on this rank's sequences of the global batch of optimizer step `step`.
 
     Returns:
         Global values of the step, the same on every rank.
@@ -47,9 +47,9 @@ def train_step(training: Training, batch: Batch, step: int) -> Record:
     set_loss_scales(training, phase.global_batch_size, tokens)
     sums = torch.zeros(3, dtype=training.sum_dtype, device=training.device)
     microbatches = split(batch, phase.micro_batch_size)
-    for index, part in enumerate(microbatches):
+    for index, microbatch in enumerate(microbatches):
         set_gradient_sync(model, index == len(microbatches) - 1)
-        losses = token_losses(training, part) / valid
+        losses = token_losses(training, microbatch) / valid
         main, mtp = losses.unbind()
         (main + mtp_weight * mtp).backward()  # type: ignore[no-untyped-call]
         sums[:2] += losses.detach()
@@ -114,16 +114,22 @@ def split(batch: Batch, size: int) -> list[Batch]:
     ]
 
 
-def token_losses(training: Training, part: Batch) -> Float[Tensor, "2"]:
-    """Summed cross-entropy of one microbatch: next token, and the token after it (0 without MTP)."""
+def token_losses(training: Training, batch: Batch) -> Float[Tensor, "2"]:
+    """Summed cross-entropy of one microbatch: next token, and the token after it (0 without MTP).
+
+    Of this rank's part of each sequence; the sums of the ranks that share them add up.
+    """
     move = training.device
-    labels, documents = part.labels.to(move), part.document_ids.to(move)
-    images = None if part.vision is None else part.vision.to(move)
-    output = training.model(part.input_ids.to(move), part.position_ids.to(move), documents, images)
-    main = summed_cross_entropy(output.logits, labels)
+    labels, documents = batch.labels.to(move), batch.document_ids.to(move)
+    images = None if batch.vision is None else batch.vision.to(move)
+    output = training.model(
+        batch.input_ids.to(move), batch.position_ids.to(move), documents, images
+    )
+    part = training.model.split.of(labels.shape[1])
+    main = summed_cross_entropy(output.logits, part.take(labels))
     mtp = torch.zeros_like(main)
     for logits in output.mtp_logits:
-        mtp = mtp + summed_cross_entropy(logits, mtp_labels(labels, documents))
+        mtp = mtp + summed_cross_entropy(logits, part.take(mtp_labels(labels, documents)))
     return torch.stack([main, mtp])
 
 
@@ -132,9 +138,11 @@ def count_labels(training: Training, batch: Batch) -> tuple[Float[Tensor, "2"], 
 
     Communication: one all-reduce of three numbers over the world.
     """
-    further = mtp_labels(batch.labels, batch.document_ids)
-    tokens = torch.tensor(batch.labels.numel())
-    counts = torch.stack([(batch.labels >= 0).sum(), (further >= 0).sum(), tokens])
+    part = training.model.split.of(batch.labels.shape[1])
+    labels = part.take(batch.labels)
+    further = part.take(mtp_labels(batch.labels, batch.document_ids))
+    tokens = torch.tensor(labels.numel())
+    counts = torch.stack([(labels >= 0).sum(), (further >= 0).sum(), tokens])
     counts = counts.to(training.device, training.sum_dtype)
     dist.all_reduce(counts)
     return counts[:2].clamp(min=1.0).to(training.loss_dtype), counts[2].item()

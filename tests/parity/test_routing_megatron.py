@@ -90,7 +90,7 @@ def test_balance_loss_of_a_sequence_is_their_auxiliary_loss() -> None:
     )
     sigmoid = logits.sigmoid()
     counts = count_tokens(sigmoid.topk(K).indices, EXPERTS)
-    ours = sequence_balance_loss(sigmoid, counts, K)
+    ours = sequence_balance_loss(sigmoid, counts, K, sigmoid.shape[1])
     torch.testing.assert_close(ours, theirs)
     grads = [torch.autograd.grad(loss, logits)[0] for loss in (ours, theirs)]
     torch.testing.assert_close(*grads)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from parallel.runs import reaching_back, spans
 from train.model.config import EngramConfig
 from train.model.engram_hash import HashGeometry, NgramHash
 from train.model.tokens import Tokens
@@ -80,17 +81,16 @@ class Engram(nn.Module):
             self.conv_norm = nn.Parameter(torch.empty(streams, hidden_size))
             self.conv = nn.Parameter(torch.empty(taps, streams, hidden_size))
         self.gate_mean: Float[Tensor, ""] | None = None
-        """Mean gate of the latest forward pass, for logging."""
+        """Mean gate of the rank's tokens in the latest forward pass, for logging."""
 
     def forward(
         self,
-        stream: Float[Tensor, "batch seq streams hidden"],
+        stream: Float[Tensor, "batch part streams hidden"],
         tokens: Tokens,
-    ) -> Float[Tensor, "batch seq streams hidden"]:
+    ) -> Float[Tensor, "batch part streams hidden"]:
         """Add what the memory knows about the n-grams that end at each token."""
         lookup: Lookup = self.lookup or self.table
-        document_ids = tokens.document_ids
-        memory = lookup(self.hash(tokens.input_ids, document_ids)).flatten(2).to(stream.dtype)
+        memory = lookup(self._rows(tokens)).flatten(2).to(stream.dtype)
         gate = self._gate(stream, self.key(memory).unflatten(-1, stream.shape[2:]))
         self.gate_mean = gate.detach().mean()
         update = gate.unsqueeze(-1) * self.value(memory).unsqueeze(2)
@@ -98,8 +98,34 @@ class Engram(nn.Module):
         if self.conv is None or self.conv_norm is None:
             return result
         normalised = self._normalise(update, self.conv_norm)
-        conv = causal_depthwise_conv(normalised, self.conv, document_ids, self.dilation)
-        return result + F.silu(conv)
+        return result + F.silu(self._convolve(normalised, self.conv, tokens))
+
+    def _rows(self, tokens: Tokens) -> Int[Tensor, "batch part columns"]:
+        """Rows of the n-grams that end at the rank's tokens: all ids are known, so nothing moves."""
+        runs = tokens.part.runs
+        hashed = []
+        for run, seen in zip(runs, reaching_back(runs, self.dilation - 1), strict=True):
+            places = slice(seen.start, seen.stop)
+            rows = self.hash(tokens.input_ids[:, places], tokens.document_ids[:, places])
+            hashed.append(rows[:, -len(run) :])
+        return _joined(hashed)
+
+    def _convolve(
+        self,
+        x: Float[Tensor, "batch part streams hidden"],
+        taps: Float[Tensor, "kernel streams hidden"],
+        tokens: Tokens,
+    ) -> Float[Tensor, "batch part streams hidden"]:
+        """`causal_depthwise_conv` at the rank's tokens, which looks back at those of other ranks."""
+        reach = (len(taps) - 1) * self.dilation
+        (held,) = tokens.part.with_history(reach, x)
+        convolved = []
+        for run, _, seen, row in spans(tokens.part.runs, reach):
+            documents = tokens.document_ids[:, seen.start : seen.stop]
+            rows = held[:, row : row + len(seen)]
+            conv = causal_depthwise_conv(rows, taps, documents, self.dilation)
+            convolved.append(conv[:, -len(run) :])
+        return _joined(convolved)
 
     def _gate(
         self,
@@ -120,6 +146,10 @@ class Engram(nn.Module):
     ) -> Float[Tensor, "batch seq streams hidden"]:
         """RMSNorm with a weight per stream."""
         return F.rms_norm(x, x.shape[-1:], eps=self.eps) * weight
+
+
+def _joined(runs: list[Tensor]) -> Tensor:
+    return runs[0] if len(runs) == 1 else torch.cat(runs, dim=1)
 
 
 def causal_depthwise_conv(

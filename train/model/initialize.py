@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from parallel.initialize import Init
 from train.model.attention.compressed import AttentionSink
 from train.model.attention.compressor import SlotPool
+from train.model.attention.mla import KeyValueExpansion
 from train.model.config import HyperConnectionConfig, ModelConfig
 from train.model.embedding import OutputHead, TokenEmbedding
 from train.model.engram import Engram, EngramTable
@@ -58,7 +59,7 @@ def _own_init(module: nn.Module, config: ModelConfig) -> dict[str, Init]:
     match module:
         case RMSNorm():
             rules = {"weight": one}
-        case nn.Linear() | TokenEmbedding() | OutputHead() | Router():
+        case nn.Linear() | KeyValueExpansion() | TokenEmbedding() | OutputHead() | Router():
             rules = {"weight": normal}
         case AttentionSink() | SlotPool():
             rules = {"logits": zero}

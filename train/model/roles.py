@@ -11,6 +11,7 @@ from torch import nn
 
 from train.model.attention.compressed import GroupedLinear
 from train.model.attention.compressor import Compressor, SlotPool
+from train.model.attention.mla import KeyValueExpansion
 from train.model.embedding import OutputHead, TokenEmbedding
 from train.model.engram import Engram, EngramTable
 from train.model.hyper_connection import GatedReadOut, HyperConnection, ManifoldHyperConnection
@@ -54,7 +55,7 @@ def _own_roles(module: nn.Module) -> dict[str, Role]:
             roles = {"weight": _table(module)}
         case GroupedLinear():
             roles = {"weight": _stacked(module.groups, module.out_features // module.groups)}
-        case nn.Linear() | Router():
+        case nn.Linear() | KeyValueExpansion() | Router():
             roles = {"weight": _stacked(1, len(module.weight))}
         case Experts():
             _, hidden, width = module.down.shape

@@ -15,13 +15,16 @@ from torch import Tensor
 
 from train.model.attention.config import YarnConfig
 
+Tables = tuple[Float[Tensor, "batch seq pairs"], Float[Tensor, "batch seq pairs"]]
+"""Cosine and sine of each token's angles."""
+
 
 def rotary_tables(
     position_ids: Int[Tensor, "batch seq *pairs"],
     width: int,
     theta: float,
     yarn: YarnConfig | None = None,
-) -> tuple[Float[Tensor, "batch seq pairs"], Float[Tensor, "batch seq pairs"]]:
+) -> Tables:
     """Cosine and sine of `position * theta^(-2i/width)` for each pair i (arXiv 2104.09864, eq. 15).
 
     Args:

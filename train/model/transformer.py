@@ -138,7 +138,7 @@ class Transformer(nn.Module):
     def _embed(self, tokens: Tokens, rows: PlacedRows | None) -> Float[Tensor, "batch part hidden"]:
         """Vectors of this rank's tokens, those of placeholders from the images."""
         embedding: Tensor = self.embedding(tokens.part.take(tokens.input_ids))
-        return embedding if rows is None else rows.replace_in(embedding)
+        return embedding if rows is None else rows.replace_in(embedding, tokens.part)
 
     def recompute(self, kind: Recompute) -> None:
         """Say what the backward pass computes again: see `TrainConfig.recompute`."""

@@ -186,11 +186,39 @@ def test_a_broken_rule(nano: RunConfig, values: dict[str, Any], start: str, fix:
     assert fix in problem
 
 
-@pytest.mark.parametrize("axis", ["tensor", "pipeline", "context"])
+@pytest.mark.parametrize("axis", ["tensor", "pipeline"])
 def test_an_axis_that_is_not_there_is_refused_by_name(nano: RunConfig, axis: str) -> None:
     [problem] = validate(changed(nano, **{f"parallel__{axis}_parallel_size": 2}))
     assert problem.startswith(f"parallel.{axis}_parallel_size=2: ")
     assert "use 1" in problem
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        (
+            {"parallel__context_parallel_size": 3, "data__sequence_length": 256},
+            "data.sequence_length=256: must be a multiple of 6 with "
+            "parallel.context_parallel_size=3 (parallel.context_split=zigzag) and "
+            "parallel.tensor_parallel_size=1; use 252 or 258",
+        ),
+        (
+            {
+                "parallel__context_parallel_size": 3,
+                "parallel__context_split": "contiguous",
+                "data__sequence_length": 240,
+                "train__stages": [{"sequence_length": 100}],
+            },
+            "train.stages[0].sequence_length=100: must be a multiple of 3 with "
+            "parallel.context_parallel_size=3 (parallel.context_split=contiguous) and "
+            "parallel.tensor_parallel_size=1; use 99 or 102",
+        ),
+    ],
+)
+def test_every_sequence_length_divides_among_the_ranks(
+    nano: RunConfig, values: dict[str, Any], problem: str
+) -> None:
+    assert problem in validate(changed(nano, **values))
 
 
 def test_fixes_work(nano: RunConfig) -> None:

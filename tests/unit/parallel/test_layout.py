@@ -45,5 +45,5 @@ def test_experts_are_divided_within_a_pipeline_stage_only() -> None:
 
 
 def test_layout_imports_no_torch() -> None:
-    code = "import sys, parallel.layout, parallel.config; sys.exit('torch' in sys.modules)"
+    code = "import sys, parallel.layout, parallel.runs; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

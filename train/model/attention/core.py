@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from parallel.runs import Chunk, Runs, chunks
 from train.model.attention.indexer import selection_mask
 
 CHUNK_BYTES = 256
@@ -28,36 +29,41 @@ _HIDDEN = -1e30
 """Added to the scores of hidden keys: exp() of the difference to any other score is exactly 0."""
 
 Observer = Callable[[int, Tensor, Tensor], None]
-"""Sees each chunk of the forward pass: place of its first query; probabilities summed over heads,
+"""Sees each chunk of the forward pass: number of its first query; probabilities summed over heads,
 fp32 or wider; and which keys are hidden: see `IndexerLoss.over_keys`."""
 
 
 def attend(
-    query: Float[Tensor, "batch heads seq qk_dim"],
+    query: Float[Tensor, "batch heads queries qk_dim"],
     key: Float[Tensor, "batch heads seq qk_dim"],
     value: Float[Tensor, "batch heads seq v_dim"],
     document_ids: Int[Tensor, "batch seq"],
     scale: float,
     *,
-    selected: Int[Tensor, "batch seq k"] | None = None,
+    runs: Runs | None = None,
+    selected: Int[Tensor, "batch queries k"] | None = None,
     observe: Observer | None = None,
-) -> Float[Tensor, "batch heads seq v_dim"]:
+) -> Float[Tensor, "batch heads queries v_dim"]:
     """`softmax(scale * query key^T) value` over the earlier tokens of the same document and itself.
 
-    Keys are the whole sequence in order: query i sees key j if j <= i and both have the same
-    document id. The softmax is computed in fp32 or wider.
+    Keys are the whole sequence in order: the query at place i sees key j if j <= i and both have the
+    same document id. The softmax is computed in fp32 or wider.
 
     Args:
         query: any float type.
-        key: one per query.
+        key: one per token.
         value: may be narrower or wider than the keys.
         document_ids: document of each token; equal numbers are one document.
         scale: factor on the scores.
+        runs: places of the queries in the sequence, in order; None: there is one for every token.
         selected: the only visible keys that a query attends to, -1 where it has fewer; None for
             all. The cost stays that of all keys: `dsa` gathers where few are selected.
         observe: is shown the probabilities.
     """
-    result: Tensor = _Attention.apply(query, key, value, document_ids, scale, selected, observe)  # type: ignore[no-untyped-call]
+    runs = runs or (range(key.shape[2]),)
+    result: Tensor = _Attention.apply(  # type: ignore[no-untyped-call]
+        query, key, value, document_ids, scale, runs, selected, observe
+    )
     return result
 
 
@@ -72,6 +78,7 @@ class _Attention(torch.autograd.Function):
         value: Tensor,
         document_ids: Tensor,
         scale: float,
+        runs: Runs,
         selected: Tensor | None,
         observe: Observer | None,
     ) -> Tensor:
@@ -79,18 +86,19 @@ class _Attention(torch.autograd.Function):
         q, k, v = (x.reshape(-1, *x.shape[2:]) for x in (query, key, value))
         out = v.new_empty(*q.shape[:2], v.shape[-1])
         kept = []
-        for start, end in _chunks(q):
-            hidden = _hidden(document_ids, selected, start, end)
-            scores = _scores(q[:, start:end], k[:, :end], hidden, scale)
+        for chunk in _chunks(q, runs):
+            rows, end = chunk.rows, chunk.end
+            hidden = _hidden(document_ids, selected, chunk)
+            scores = _scores(q[:, rows], k[:, :end], hidden, scale)
             probabilities = scores.softmax(-1)
-            out[:, start:end] = probabilities @ v[:, :end]
-            if q.shape[1] <= KEEP_UP_TO:
+            out[:, rows] = probabilities @ v[:, :end]
+            if k.shape[1] <= KEEP_UP_TO:
                 kept.append(probabilities)
             if observe is not None:
                 wide = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32))
-                observe(start, wide.view(*query.shape[:2], *hidden.shape[1:]).sum(1), hidden)
+                observe(rows.start, wide.view(*query.shape[:2], *hidden.shape[1:]).sum(1), hidden)
         ctx.save_for_backward(q, k, v, out, document_ids, selected, *kept)
-        ctx.scale = scale
+        ctx.scale, ctx.runs = scale, runs
         return out.view(*query.shape[:-1], -1)
 
     @staticmethod
@@ -105,12 +113,12 @@ class _Attention(torch.autograd.Function):
         wide = q.dtype if kept else torch.promote_types(q.dtype, torch.float32)
         grad_k, grad_v = (torch.zeros_like(x, dtype=wide) for x in (k, v))
         grad_q = torch.empty_like(q)
-        for index, (start, end) in enumerate(_chunks(q)):
-            rows = slice(start, end)
+        for index, chunk in enumerate(_chunks(q, ctx.runs)):
+            rows, end = chunk.rows, chunk.end
             if kept:
                 probabilities = kept[index]
             else:
-                hidden = _hidden(document_ids, selected, start, end)
+                hidden = _hidden(document_ids, selected, chunk)
                 probabilities = _scores(q[:, rows], k[:, :end], hidden, scale).softmax(-1)
             _add_product(grad_v[:, :end], probabilities.transpose(1, 2), grad[:, rows])
             values = v[:, :end].transpose(1, 2)
@@ -121,13 +129,12 @@ class _Attention(torch.autograd.Function):
             grad_q[:, rows] = scores @ k[:, :end]
             _add_product(grad_k[:, :end], scores.transpose(1, 2), q[:, rows])
         grads = (grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype))
-        return *(x.view(*leading, *x.shape[1:]) for x in grads), *[None] * 4
+        return *(x.view(*leading, *x.shape[1:]) for x in grads), *[None] * 5
 
 
-def _chunks(q: Float[Tensor, "rows seq qk_dim"]) -> Iterator[tuple[int, int]]:
-    """First query of each chunk, and one behind its last."""
-    seq, size = q.shape[1], CHUNK_BYTES // q.element_size()
-    return ((start, min(start + size, seq)) for start in range(0, seq, size))
+def _chunks(q: Float[Tensor, "rows queries qk_dim"], runs: Runs) -> Iterator[Chunk]:
+    """The queries that are computed together."""
+    return chunks(runs, CHUNK_BYTES // q.element_size())
 
 
 def _scores(
@@ -161,12 +168,12 @@ def _add_product(
 
 def _hidden(
     document_ids: Int[Tensor, "batch seq"],
-    selected: Int[Tensor, "batch seq k"] | None,
-    start: int,
-    end: int,
-) -> Bool[Tensor, "batch queries keys"]:
-    """True where a query of [start, end) does not attend to a key of [0, end)."""
+    selected: Int[Tensor, "batch queries k"] | None,
+    chunk: Chunk,
+) -> Bool[Tensor, "batch chunk keys"]:
+    """True where a query of the chunk does not attend to a key before its end."""
+    start, end = chunk.start, chunk.end
     places = torch.arange(end, device=document_ids.device)
     later = places > places[start:, None]
     hidden = (document_ids[:, start:end, None] != document_ids[:, None, :end]) | later
-    return hidden if selected is None else hidden | ~selection_mask(selected[:, start:end], end)
+    return hidden if selected is None else hidden | ~selection_mask(selected[:, chunk.rows], end)

@@ -8,28 +8,31 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from parallel.runs import spans
+from parallel.sequence import SequencePart
 from train.model.attention.gathered import attend_to_selected
 from train.model.attention.indexer import (
     IndexerLoss,
     Visibility,
     best_keys,
     index_scores,
-    query_chunks,
     select,
     topk_recall,
     widen,
 )
 from train.model.attention.mla import Latents, MultiHeadLatentAttention
-from train.model.attention.trained_indexer import TrainedIndexer
+from train.model.attention.trained_indexer import (
+    TrainedIndexer,
+    sample_queries,
+    teach_own_queries,
+)
 from train.model.config import ModelConfig
-from train.model.rotary import rotary_tables, rotate_halves
+from train.model.rotary import Tables, rotate_halves
 from train.model.tokens import Tokens
 
 _GATHER_SHARE = 8
 """Rows are gathered where a query attends to less than this part of the sequence (measured on a
 CPU); with more, scores of all tokens and a mask are cheaper."""
-_RECALL_QUERIES = 16
-"""Queries of a sequence whose selection is compared with the full attention in every step."""
 
 
 class TokenIndexer(TrainedIndexer):
@@ -60,14 +63,14 @@ class TokenIndexer(TrainedIndexer):
 
     def forward(
         self,
-        x: Float[Tensor, "batch seq hidden"],
-        query_latent: Float[Tensor, "batch seq q_lora_rank"],
-        cos: Float[Tensor, "batch seq pairs"],
-        sin: Float[Tensor, "batch seq pairs"],
+        x: Float[Tensor, "batch part hidden"],
+        query_latent: Float[Tensor, "batch part q_lora_rank"],
+        cos: Float[Tensor, "batch part pairs"],
+        sin: Float[Tensor, "batch part pairs"],
     ) -> tuple[
-        Float[Tensor, "batch seq index_heads index_dim"],
-        Float[Tensor, "batch seq index_dim"],
-        Float[Tensor, "batch seq index_heads"],
+        Float[Tensor, "batch part index_heads index_dim"],
+        Float[Tensor, "batch part index_dim"],
+        Float[Tensor, "batch part index_heads"],
     ]:
         """Index queries, keys and weights; both inputs are detached here."""
         x, query_latent = x.detach(), query_latent.detach()
@@ -98,62 +101,83 @@ class SparseLatentAttention(MultiHeadLatentAttention):
 
     def forward(
         self,
-        x: Float[Tensor, "batch seq hidden"],
+        x: Float[Tensor, "batch part hidden"],
         tokens: Tokens,
-    ) -> Float[Tensor, "batch seq hidden"]:
+    ) -> Float[Tensor, "batch part hidden"]:
         """Attend from every token to selected earlier ones of its document; see `Block.forward`."""
-        cos, sin = rotary_tables(tokens.rotary_positions, self.rope, self.theta, self.yarn)
-        latents = self.latents(x, cos, sin)
-        sparse = self.indexer.selects_among(x.shape[1])
+        part, indexer, tables = tokens.part, self.indexer, self.tables(tokens)
+        latents = self.latents(x, tables, part)
         visible = Visibility.of_tokens(tokens.document_ids)
-        # Sharding wants every module called in every pass: an idle indexer gets no tokens.
-        rows = slice(x.shape[1] if sparse or self.indexer.learns else 0)
-        index: tuple[Tensor, Tensor, Tensor] = self.indexer(
-            x[:, rows], latents.query[:, rows], cos[:, rows], sin[:, rows]
-        )
-        selected = select(*index, visible, self.indexer.top_k) if sparse else None
-        loss = IndexerLoss(*index) if self.indexer.learns else None
-        mixed: Tensor = self.o(self.attend_to(latents, tokens.document_ids, selected, loss))
+        sparse = indexer.selects_among(part.length)
+        index = self.index(x, latents.query, tables, part, idle=not (sparse or indexer.learns))
+        selected = None
+        if sparse:
+            chosen = select(*index, visible, indexer.top_k, runs=part.runs)
+            selected = part.gather_queries(chosen)
+        loss = IndexerLoss(*index) if indexer.learns else None
+        mixed = self.o(self.attend_to(latents, tokens.document_ids, part, selected, loss))
+        output = part.scatter_queries(mixed)
         if loss is None:
-            return mixed
-        recall = self.measure_recall(latents, visible, index)
-        return self.indexer.join(mixed, loss.total(), recall)
+            return output
+        recall = self.measure_recall(latents, visible, index, part)
+        return indexer.join(output, loss.total(), recall)
+
+    def index(
+        self,
+        x: Float[Tensor, "batch part hidden"],
+        query_latent: Float[Tensor, "batch part q_lora_rank"],
+        tables: Tables,
+        part: SequencePart,
+        *,
+        idle: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Index queries and weights of the rank's tokens, and keys of all; of none if idle."""
+        # Sharding wants every module called in every pass: an idle indexer gets no tokens.
+        rows = slice(0 if idle else None)
+        cos, sin = map(part.own, tables)
+        query, key, weights = self.indexer(
+            x[:, rows], query_latent[:, rows], cos[:, rows], sin[:, rows]
+        )
+        return query, key if idle else part.gather(key), weights
 
     def attend_to(
         self,
         latents: Latents,
         document_ids: Int[Tensor, "batch seq"],
-        selected: Int[Tensor, "batch seq k"] | None,
+        part: SequencePart,
+        selected: Int[Tensor, "batch queries k"] | None,
         loss: IndexerLoss | None,
-    ) -> Float[Tensor, "batch seq values"]:
+    ) -> Float[Tensor, "batch queries values"]:
         """Attention in the cheapest form; its probabilities are the teacher of `loss`."""
         if selected is None or selected.shape[-1] * _GATHER_SHARE > document_ids.shape[1]:
-            observe = None if loss is None else loss.over_keys
-            return self.attend_with_heads(latents, document_ids, selected, observe)
+            observe = None if loss is None else teach_own_queries(part, loss.over_keys)
+            return self.attend_with_heads(latents, document_ids, part, selected, observe)
+        to_keys, to_values = self.expansion()
         out = attend_to_selected(
-            self.absorbed_query(latents.q_nope, latents.q_rope),
-            torch.cat([latents.kv, latents.k_rope.squeeze(2)], dim=-1),
+            self.absorbed_query(latents.q_nope, latents.q_rope, to_keys),
+            torch.cat([latents.kv, latents.k_rope], dim=-1),
             selected,
             self.kv_lora_rank,
-            None if loss is None else loss.over_selected,
+            None if loss is None else teach_own_queries(part, loss.over_selected),
         )
-        values: Tensor = torch.einsum("bshl,hvl->bshv", out, self.expansion()[1])
+        values: Tensor = torch.einsum("bshl,hvl->bshv", out, to_values)
         return values.flatten(2)
 
     def expansion(
         self,
     ) -> tuple[Float[Tensor, "heads nope kv_lora_rank"], Float[Tensor, "heads v_dim kv_lora_rank"]]:
         """W_uk and W_uv, the two parts of `kv_b`."""
-        both = self.kv_b.weight.view(-1, self.nope + self.v_dim, self.kv_lora_rank)
+        both: Tensor = self.kv_b().view(-1, self.nope + self.v_dim, self.kv_lora_rank)
         return both[:, : self.nope], both[:, self.nope :]
 
     def absorbed_query(
         self,
         q_nope: Float[Tensor, "batch queries heads nope"],
         q_rope: Float[Tensor, "batch queries heads rope"],
+        to_keys: Float[Tensor, "heads nope kv_lora_rank"],
     ) -> Float[Tensor, "batch queries heads dim"]:
         """Scaled queries on the latent rows: [W_uk^T q_nope ; q_rope]."""
-        absorbed = torch.einsum("bshn,hnl->bshl", q_nope, self.expansion()[0])
+        absorbed = torch.einsum("bshn,hnl->bshl", q_nope, to_keys)
         query: Tensor = torch.cat([absorbed, q_rope], dim=-1) * self.scale
         return query
 
@@ -163,21 +187,25 @@ class SparseLatentAttention(MultiHeadLatentAttention):
         latents: Latents,
         visible: Visibility,
         index: tuple[Tensor, Tensor, Tensor],
+        part: SequencePart,
     ) -> Float[Tensor, "3"]:
         """`topk_recall` of a few evenly spaced queries, whose full attention is computed for it."""
-        batch, seq, heads = latents.q_nope.shape[:3]
-        kv = torch.cat([latents.kv, latents.k_rope.squeeze(2)], dim=-1)
+        batch, _, heads, _ = latents.q_nope.shape
+        seq, (to_keys, _) = part.length, self.expansion()
+        kv = torch.cat([latents.kv, latents.k_rope], dim=-1)
         index_query, index_key, index_weights = index
-        step = -(-seq // _RECALL_QUERIES)
-        sample = torch.arange(seq - 1, -1, -step, device=kv.device)
         sums = widen(kv.new_zeros(3))
-        for start, end in query_chunks(0, len(sample), batch * heads * seq):
-            places = sample[start:end]
-            hidden = visible.hidden_at(places, seq)
-            query = self.absorbed_query(latents.q_nope[:, places], latents.q_rope[:, places])
-            scores = widen(torch.einsum("bqhd,bsd->bhqs", query, kv))
-            attention = scores.masked_fill_(hidden.unsqueeze(1), float("-inf")).softmax(-1).sum(1)
-            scored = index_scores(index_query[:, places], index_key, index_weights[:, places])
-            selected = best_keys(scored, hidden, min(self.indexer.top_k, seq))
-            sums += topk_recall(attention, hidden, selected)
+        for run in spans(part.query_runs):
+            for places, rows, own, mine in sample_queries(part, run, batch * heads * seq, kv):
+                hidden = visible.hidden_at(places, seq)
+                query = self.absorbed_query(
+                    latents.q_nope[:, rows], latents.q_rope[:, rows], to_keys
+                )
+                scores = widen(torch.einsum("bqhd,bsd->bhqs", query, kv))
+                attention = scores.masked_fill_(hidden.unsqueeze(1), float("-inf")).softmax(-1)
+                attention = part.sum_over_heads(attention.sum(1))[:, own]
+                hidden = hidden[:, own]
+                scored = index_scores(index_query[:, mine], index_key, index_weights[:, mine])
+                selected = best_keys(scored, hidden, min(self.indexer.top_k, seq))
+                sums += topk_recall(attention, hidden, selected)
         return sums

@@ -21,17 +21,17 @@ _ROWS = 2**16
 """Key-value rows that are gathered at a time."""
 
 Observer = Callable[[int, Tensor, Tensor], None]
-"""Sees each chunk of the forward pass: place of its first query; probabilities of the selected keys
+"""Sees each chunk of the forward pass: number of its first query; probabilities of the selected keys
 summed over heads, fp32 or wider; their indices: see `IndexerLoss.over_selected`."""
 
 
 def attend_to_selected(
-    query: Float[Tensor, "batch seq heads dim"],
+    query: Float[Tensor, "batch queries heads dim"],
     kv: Float[Tensor, "batch keys dim"],
-    selected: Int[Tensor, "batch seq k"],
+    selected: Int[Tensor, "batch queries k"],
     v_dim: int,
     observe: Observer | None = None,
-) -> Float[Tensor, "batch seq heads v_dim"]:
+) -> Float[Tensor, "batch queries heads v_dim"]:
     """`softmax(query kv^T) kv[..., :v_dim]` over the selected rows; softmax in fp32 or wider.
 
     Args:
@@ -90,11 +90,11 @@ class _Gathered(torch.autograd.Function):
         return grad_query, grad_kv.to(kv.dtype), None, None, None
 
 
-def _chunks(selected: Int[Tensor, "batch seq k"]) -> list[tuple[int, int]]:
+def _chunks(selected: Int[Tensor, "batch queries k"]) -> list[tuple[int, int]]:
     """Pieces of the queries that gather about `_ROWS` rows each."""
-    batch, seq, k = selected.shape
+    batch, queries, k = selected.shape
     size = max(1, _ROWS // (batch * k))
-    return [(start, min(start + size, seq)) for start in range(0, seq, size)]
+    return [(start, min(start + size, queries)) for start in range(0, queries, size)]
 
 
 def _probabilities(

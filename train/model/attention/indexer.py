@@ -21,6 +21,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from parallel.runs import Runs, chunks
+
 CHUNK = 128
 """Queries that are scored together, at most."""
 _PIECE_NUMBERS = 2**22
@@ -33,7 +35,7 @@ class Visibility:
     """Which keys a query may see: those of its document, from place `first_query` on."""
 
     query_documents: Int[Tensor, "batch seq"]
-    """Document of each query."""
+    """Document of each place in the sequence, where a query may stand."""
     key_documents: Int[Tensor, "batch keys"]
     """Document of each key; -1 for a key that is padding."""
     first_query: Int[Tensor, "batch keys"]
@@ -65,12 +67,14 @@ class Visibility:
 
 
 def select(
-    query: Float[Tensor, "batch seq heads dim"],
+    query: Float[Tensor, "batch queries heads dim"],
     key: Float[Tensor, "batch keys dim"],
-    weights: Float[Tensor, "batch seq heads"],
+    weights: Float[Tensor, "batch queries heads"],
     visible: Visibility,
     k: int,
-) -> Int[Tensor, "batch seq k"]:
+    *,
+    runs: Runs | None = None,
+) -> Int[Tensor, "batch queries k"]:
     """Indices of the k visible keys with the largest index scores, in no order.
 
     Args:
@@ -79,22 +83,25 @@ def select(
         weights: of the heads, scales included.
         visible: what each query may see.
         k: keys to select.
+        runs: places of the queries in the sequence, in order; None: there is one for every token.
 
     Returns:
         int32; -1 where a query sees fewer than k keys.
     """
-    batch, seq, heads, _ = query.shape
-    chosen = query.new_full((batch, seq, k), -1, dtype=torch.int32)
+    batch, queries, heads, _ = query.shape
+    seq = visible.query_documents.shape[1]
+    chosen = query.new_full((batch, queries, k), -1, dtype=torch.int32)
+    # Equal scores are told apart by where the row ends: that must depend on neither batch nor ranks.
+    size = 1 << (chunk_size(batch * heads * key.shape[1]).bit_length() - 1)
     with torch.no_grad():
-        for start, end in query_chunks(0, seq, batch * heads * key.shape[1]):
-            # Equal scores are told apart by where the row ends: that must not depend on the batch.
+        for rows, start, end, _ in chunks(runs or (range(seq),), size):
             keys = visible.num_keys(min(-(-end // CHUNK) * CHUNK, seq))
             if not keys:
                 continue
             hidden = visible.hidden(start, end, keys)
-            scores = index_scores(query[:, start:end], key[:, :keys], weights[:, start:end])
+            scores = index_scores(query[:, rows], key[:, :keys], weights[:, rows])
             best = best_keys(scores, hidden, min(k, keys))
-            chosen[:, start:end, : best.shape[-1]] = best
+            chosen[:, rows, : best.shape[-1]] = best
     return chosen
 
 
@@ -152,10 +159,10 @@ class IndexerLoss:
         target: Float[Tensor, "batch queries keys"],
         hidden: Bool[Tensor, "batch queries keys"],
     ) -> None:
-        """Add the queries from place `start` on, over the first keys of the sequence.
+        """Add the queries from number `start` on, over the first keys of the sequence.
 
         Args:
-            start: place of the first query.
+            start: number of the first query.
             target: attention that each key gets; any scale; 0 where hidden.
             hidden: True where the key is not in the set that p and the softmax run over.
         """
@@ -180,10 +187,10 @@ class IndexerLoss:
         target: Float[Tensor, "batch queries k"],
         indices: Int[Tensor, "batch queries k"],
     ) -> None:
-        """Add the queries from place `start` on, over the keys that each of them selected.
+        """Add the queries from number `start` on, over the keys that each of them selected.
 
         Args:
-            start: place of the first query.
+            start: number of the first query.
             target: attention that each selected key gets; any scale; 0 where missing.
             indices: selected keys; -1 where missing.
         """
@@ -275,16 +282,21 @@ def selection_mask(
 
 
 def query_chunks(start: int, end: int, numbers: int) -> Iterator[tuple[int, int]]:
-    """Cut the queries [start, end) into pieces of at most `CHUNK`.
+    """Cut the queries [start, end) into pieces of `chunk_size`.
 
     Args:
         start: first query.
         end: one behind the last query.
         numbers: scores of one query, over all heads and sequences.
     """
-    size = min(CHUNK, max(_FEWEST_QUERIES, _PIECE_NUMBERS // numbers))
+    size = chunk_size(numbers)
     for first in range(start, end, size):
         yield first, min(first + size, end)
+
+
+def chunk_size(numbers: int) -> int:
+    """Queries that are computed together; `numbers` are the scores of one, over heads and sequences."""
+    return min(CHUNK, max(_FEWEST_QUERIES, _PIECE_NUMBERS // numbers))
 
 
 def gathered_rows(

@@ -3,26 +3,47 @@
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from parallel.sequence import SequencePart
 from train.model.attention.core import Observer, attend
 from train.model.config import ModelConfig
 from train.model.norm import RMSNorm
-from train.model.rotary import rotary_tables, rotate, softmax_correction
+from train.model.rotary import Tables, rotary_tables, rotate, softmax_correction
 from train.model.tokens import Tokens
 
 
 class Latents(NamedTuple):
-    """What a token is projected to; rotary parts are rotated."""
+    """What tokens are projected to; rotary parts are rotated.
 
-    query: Float[Tensor, "batch seq q_lora_rank"]
-    """Normalised query latent c_q; x itself without one."""
-    q_nope: Float[Tensor, "batch seq heads nope"]
-    q_rope: Float[Tensor, "batch seq heads rope"]
+    Queries are those that this rank computes attention for, with its heads; keys and values are of
+    the whole sequence.
+    """
+
+    query: Float[Tensor, "batch part q_lora_rank"]
+    """Normalised query latent c_q of the rank's own tokens; x itself without one."""
+    q_nope: Float[Tensor, "batch queries heads nope"]
+    q_rope: Float[Tensor, "batch queries heads rope"]
     kv: Float[Tensor, "batch seq kv_lora_rank"]
     """Normalised key-value latent."""
-    k_rope: Float[Tensor, "batch seq 1 rope"]
+    k_rope: Float[Tensor, "batch seq rope"]
+
+
+class KeyValueExpansion(nn.Module):
+    """The matrix from a key-value latent to keys and values of all heads; a call returns it.
+
+    What is done with it is up to the attention: `dsa` moves it to the queries' side.
+    """
+
+    def __init__(self, kv_lora_rank: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, kv_lora_rank))
+
+    def forward(self) -> Float[Tensor, "width kv_lora_rank"]:
+        """The matrix, of the heads that this rank holds."""
+        return self.weight
 
 
 class MultiHeadLatentAttention(nn.Module):
@@ -34,7 +55,8 @@ class MultiHeadLatentAttention(nn.Module):
 
     Without a query rank, [q_nope ; q_rope] = q x. The scale is 1 / sqrt(nope + rope), times YaRN's
     correction. The rotary key is one for all heads. The number of heads follows from the width of
-    the queries, so a rank that holds some of the heads runs the same code.
+    the queries, so a rank that holds some of the heads runs the same code. What is gathered of other
+    ranks' tokens is the latent and the rotary key: few numbers, whatever the heads.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -57,55 +79,64 @@ class MultiHeadLatentAttention(nn.Module):
             self.q_b = nn.Linear(rank, queries, bias=False)
         self.kv_a = nn.Linear(hidden, self.kv_lora_rank + self.rope, bias=False)
         self.kv_a_norm = RMSNorm(self.kv_lora_rank, config.rms_norm_eps)
-        self.kv_b = nn.Linear(self.kv_lora_rank, heads * (self.nope + self.v_dim), bias=False)
+        self.kv_b = KeyValueExpansion(self.kv_lora_rank, heads * (self.nope + self.v_dim))
         self.o = nn.Linear(heads * self.v_dim, hidden, bias=False)
 
     def forward(
         self,
-        x: Float[Tensor, "batch seq hidden"],
+        x: Float[Tensor, "batch part hidden"],
         tokens: Tokens,
-    ) -> Float[Tensor, "batch seq hidden"]:
+    ) -> Float[Tensor, "batch part hidden"]:
         """Attend from every token to the earlier ones of its document; see `Block.forward`."""
-        cos, sin = rotary_tables(tokens.rotary_positions, self.rope, self.theta, self.yarn)
-        latents = self.latents(x, cos, sin)
-        mixed: Tensor = self.o(self.attend_with_heads(latents, tokens.document_ids))
-        return mixed
+        part = tokens.part
+        latents = self.latents(x, self.tables(tokens), part)
+        out = self.attend_with_heads(latents, tokens.document_ids, part)
+        return part.scatter_queries(self.o(out))
+
+    def tables(self, tokens: Tokens) -> Tables:
+        """Rotary tables of the queries."""
+        positions = tokens.part.take_queries(tokens.rotary_positions)
+        return rotary_tables(positions, self.rope, self.theta, self.yarn)
 
     def latents(
-        self,
-        x: Float[Tensor, "batch seq hidden"],
-        cos: Float[Tensor, "batch seq pairs"],
-        sin: Float[Tensor, "batch seq pairs"],
+        self, x: Float[Tensor, "batch part hidden"], tables: Tables, part: SequencePart
     ) -> Latents:
-        """Project every token."""
+        """Project every token; the tables are those of the queries."""
         query = x if self.q is not None else self.q_a_norm(self.q_a(x))
-        q = self.q_b(query) if self.q is None else self.q(query)
+        to_heads = self.q_b if self.q is None else self.q
+        q = to_heads(part.gather_queries(query))
         q_nope, q_rope = q.unflatten(-1, (-1, self.nope + self.rope)).split(
             [self.nope, self.rope], dim=-1
         )
         latent, k_rope = self.kv_a(x).split([self.kv_lora_rank, self.rope], dim=-1)
-        return Latents(
-            query=query,
-            q_nope=q_nope,
-            q_rope=rotate(q_rope, cos, sin),
-            kv=self.kv_a_norm(latent),
-            k_rope=rotate(k_rope.unsqueeze(2), cos, sin),
-        )
+        k_rope = rotate(k_rope.unsqueeze(2), *map(part.own, tables)).squeeze(2)
+        kv, k_rope = part.gather_together(self.kv_a_norm(latent), k_rope)
+        return Latents(query, q_nope, rotate(q_rope, *tables), kv, k_rope)
 
     def attend_with_heads(
         self,
         latents: Latents,
         document_ids: Int[Tensor, "batch seq"],
-        selected: Int[Tensor, "batch seq k"] | None = None,
+        part: SequencePart,
+        selected: Int[Tensor, "batch queries k"] | None = None,
         observe: Observer | None = None,
-    ) -> Float[Tensor, "batch seq values"]:
+    ) -> Float[Tensor, "batch queries values"]:
         """Attention with keys and values expanded per head; see `core.attend`."""
-        kv = self.kv_b(latents.kv).unflatten(-1, (-1, self.nope + self.v_dim))
-        k_nope, v = kv.split([self.nope, self.v_dim], dim=-1)
-        k_rope = latents.k_rope.expand(-1, -1, k_nope.shape[2], -1)
+        kv = F.linear(latents.kv, self.kv_b())
+        kv = torch.unflatten(kv, -1, (-1, self.nope + self.v_dim))
+        k_nope, v = torch.split(kv, [self.nope, self.v_dim], dim=-1)
+        k_rope = latents.k_rope.unsqueeze(2).expand(-1, -1, k_nope.shape[2], -1)
         # Heads first, so that joining is the only copy.
         q = torch.cat([x.transpose(1, 2) for x in (latents.q_nope, latents.q_rope)], dim=-1)
         k = torch.cat([x.transpose(1, 2) for x in (k_nope, k_rope)], dim=-1)
-        v = v.transpose(1, 2)
-        out = attend(q, k, v, document_ids, self.scale, selected=selected, observe=observe)
+        out = attend(
+            q,
+            k,
+            v.transpose(1, 2),
+            document_ids,
+            self.scale,
+            runs=part.query_runs,
+            selected=selected,
+            observe=observe,
+        )
         return out.transpose(1, 2).flatten(2)

@@ -1,15 +1,26 @@
-"""What every indexer shares: its stage, how its loss joins, and what is counted; base of `dsa`'s.
+"""What every indexer shares: its stage, what it is taught and how, what is counted; base of `dsa`'s.
 
 The two training stages of DeepSeek-V3.2-Exp, section 2.1.1. `train.step` sets the scale of the loss
 and takes the sums; `Transformer.set_indexer_stage` sets the stage and freezes what does not learn.
 """
 
+from collections.abc import Iterator
+from functools import partial
+from typing import NamedTuple
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from train.model.add_loss import add_loss
+from parallel.runs import Span
+from parallel.sequence import SequencePart
+from train.model.add_loss import add_loss, on_backward
 from train.model.attention.config import IndexerConfig, IndexerStage
+from train.model.attention.core import Observer
+from train.model.attention.indexer import query_chunks
+
+_RECALL_QUERIES = 16
+"""Queries of a sequence whose selection is compared with the full attention in every step."""
 
 
 class TrainedIndexer(nn.Module):
@@ -43,7 +54,7 @@ class TrainedIndexer(nn.Module):
         divergence: Float[Tensor, ""],
         recall: Float[Tensor, "3"],
     ) -> Float[Tensor, "*shape"]:
-        """The attention's output, through which the loss joins the gradient; counts both.
+        """The attention's output, through which the loss joins the gradient and both are counted.
 
         Args:
             output: of the attention layer.
@@ -51,10 +62,77 @@ class TrainedIndexer(nn.Module):
             recall: sums of `topk_recall` over some of them.
         """
         seen = torch.cat([divergence.detach().view(1), recall.to(divergence.dtype)])
+        return on_backward(
+            add_loss(output, self.loss_scale * divergence), partial(self._count, seen)
+        )
+
+    def _count(self, seen: Tensor) -> None:
         self._sums = seen if self._sums is None else self._sums + seen
-        return add_loss(output, self.loss_scale * divergence)
 
     def take_sums(self) -> Float[Tensor, "4"]:
-        """Divergence (nats) and the three sums of `topk_recall` since the last call; starts over."""
+        """Divergence (nats) and the sums of `topk_recall`, of the backward passes since the last call."""
         taken, self._sums = self._sums, None
         return torch.zeros(4) if taken is None else taken
+
+
+def teach_own_queries(part: SequencePart, learn: Observer) -> Observer:
+    """Let an indexer learn from the rank's own tokens, and from the attention of all heads.
+
+    Communication: for each chunk of the attention, a sum of its probabilities over the
+    tensor-parallel ranks.
+
+    Args:
+        part: which of the queries those are.
+        learn: takes numbers among the rank's own tokens: a method of `IndexerLoss`.
+
+    Returns:
+        What the attention may show the queries of its tensor-parallel group, and its own heads.
+    """
+    own = range(*part.own_queries.indices(part.num_queries))
+
+    def observe(start: int, probabilities: Tensor, keys: Tensor) -> None:
+        probabilities = part.sum_over_heads(probabilities)
+        some = range(start, start + probabilities.shape[1])
+        first, end = max(own.start, some.start), min(own.stop, some.stop)
+        if first < end:
+            rows = slice(first - start, end - start)
+            learn(first - own.start, probabilities[:, rows], keys[:, rows])
+
+    return observe
+
+
+class Sample(NamedTuple):
+    """Some of the queries of a run."""
+
+    places: Int[Tensor, "queries"]
+    """In the sequence."""
+    rows: Int[Tensor, "queries"]
+    """Among the queries of the rank."""
+    own: slice
+    """Which of them are tokens of the rank's streams."""
+    own_rows: Int[Tensor, "own"]
+    """Where those are among the rank's tokens."""
+
+
+def sample_queries(part: SequencePart, run: Span, numbers: int, like: Tensor) -> Iterator[Sample]:
+    """A few queries, evenly spaced over the sequence, of which those in a run are returned.
+
+    Args:
+        part: which tokens of the sequence are the rank's.
+        run: of the rank's queries.
+        numbers: scores of one query; see `query_chunks`.
+        like: of the device that the indices are for.
+    """
+    step = -(-part.length // _RECALL_QUERIES)
+    spaced = [place for place in range(part.length - 1, -1, -step) if place in run.run]
+    if not spaced:
+        return
+    own = range(*part.own_queries.indices(part.num_queries))
+    all_places = torch.arange(spaced[0], spaced[-1] - 1, -step, device=like.device)
+    for start, end in query_chunks(0, len(spaced), numbers):
+        rows = [place + run.row - run.run.start for place in spaced[start:end]]
+        mine = [index for index, row in enumerate(rows) if row in own]
+        inside = slice(mine[0], mine[-1] + 1) if mine else slice(0)
+        places = all_places[start:end]
+        in_queries = places + (run.row - run.run.start)
+        yield Sample(places, in_queries, inside, in_queries[inside] - own.start)

@@ -1,16 +1,14 @@
 """Which experts see a token, with what weight, and the balancing of their load; called by `layer`."""
 
-# ruff: noqa: ANN401 - torch leaves the type of an autograd function's ctx open
-
 from abc import abstractmethod
-from typing import Any
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from train.model.add_loss import add_loss
+from train.model.add_loss import add_loss, on_backward
 from train.model.moe.config import MoeConfig, RouterKind
 from train.model.moe.hash_table import token_expert_table
 from train.model.tokens import Tokens
@@ -19,9 +17,11 @@ from train.model.tokens import Tokens
 class Router(nn.Module):
     """Weights of the k experts that a subclass chooses: their scores, normalised and scaled.
 
-    Scores are computed in fp32 or wider. In training, the backward pass counts the tokens of each
-    expert and, if `balance_scale` is not 0 and the choice is learnt, adds the sequence-wise balance
-    loss to the gradient of the scores.
+    Scores are computed in fp32 or wider. In training, the backward pass counts the rank's tokens of
+    each expert and, if `balance_scale` is not 0 and the choice is learnt, adds the sequence-wise
+    balance loss to the gradient of the scores.
+
+    Communication: for that loss, a sum of the counts over the ranks that share the sequences.
     """
 
     load_counts: Tensor
@@ -52,8 +52,8 @@ class Router(nn.Module):
         self.balance_loss.zero_()
 
     def forward(
-        self, x: Float[Tensor, "batch seq hidden"], tokens: Tokens
-    ) -> tuple[Int[Tensor, "batch seq k"], Float[Tensor, "batch seq k"]]:
+        self, x: Float[Tensor, "batch part hidden"], tokens: Tokens
+    ) -> tuple[Int[Tensor, "batch part k"], Float[Tensor, "batch part k"]]:
         """Expert indices and their weights, the weights in fp32 or wider."""
         wide = torch.promote_types(x.dtype, torch.float32)
         scores = affinity(F.linear(x.to(wide), self.weight.to(wide)), self.kind)
@@ -62,13 +62,18 @@ class Router(nn.Module):
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20) * self.scaling
         if self.training and weights.requires_grad:
             counts = count_tokens(indices, scores.shape[-1])
-            loss = None
+            loss = torch.zeros_like(self.balance_loss)
             if self.learnt_choice and self.balance_scale:
-                loss = self.balance_scale * sequence_balance_loss(scores, counts, self.k)
+                all_counts = tokens.part.sum_over(counts)
+                loss = sequence_balance_loss(scores, all_counts, self.k, tokens.part.length)
+                loss = self.balance_scale * loss
                 weights = add_loss(weights, loss)
-            kept = None if loss is None else loss.detach()
-            weights = _CountInBackward.apply(weights, counts, kept, self)  # type: ignore[no-untyped-call]
+            weights = on_backward(weights, partial(self._count, counts.sum(0), loss.detach()))
         return indices, weights
+
+    def _count(self, counts: Tensor, loss: Tensor) -> None:
+        self.load_counts += counts
+        self.balance_loss += loss
 
     def update_bias(self, load_counts: Int[Tensor, "experts"]) -> None:
         """Balance the load after an optimizer step, where the choice can be moved."""
@@ -199,36 +204,23 @@ def count_tokens(
 
 
 def sequence_balance_loss(
-    scores: Float[Tensor, "batch seq experts"], counts: Int[Tensor, "batch experts"], k: int
+    scores: Float[Tensor, "batch part experts"],
+    counts: Int[Tensor, "batch experts"],
+    k: int,
+    length: int,
 ) -> Float[Tensor, ""]:
     """Sequence-wise balance loss without its weight, summed over sequences (V3, eq. 17-20).
 
     `sum_i f_i P_i` with f_i = experts / (k T) * tokens of expert i and P_i the mean over the T tokens
-    of the sequence of the score of i, normalised over the experts. It is 1 when balanced.
+    of the sequence of the score of i, normalised over the experts. It is 1 when balanced. The parts
+    of a sequence that several ranks compute add up.
+
+    Args:
+        scores: of the tokens of a part of each sequence.
+        counts: tokens of the whole sequence that go to each expert.
+        k: experts of a token.
+        length: tokens T of the whole sequence.
     """
-    seq, num_experts = scores.shape[1:]
-    fraction = counts * (num_experts / (k * seq))
-    probability = (scores / scores.sum(-1, keepdim=True)).mean(1)
+    fraction = counts * (scores.shape[-1] / (k * length))
+    probability = (scores / scores.sum(-1, keepdim=True)).sum(1) / length
     return (fraction * probability).sum()
-
-
-class _CountInBackward(torch.autograd.Function):
-    """Identity on the weights whose backward adds to the router's totals.
-
-    Backward runs once also where activation recomputation repeats the forward pass.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, weights: Tensor, counts: Tensor, loss: Tensor | None, router: Router
-    ) -> Tensor:
-        ctx.counts, ctx.loss, ctx.router = counts, loss, router
-        # detach() shares the memory without being a view, of which FSDP2 warns.
-        return weights.detach()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.router.load_counts += ctx.counts.sum(0)
-        if ctx.loss is not None:
-            ctx.router.balance_loss += ctx.loss
-        return grad, None, None, None

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from data.vision import VisionInput
+from parallel.sequence import SequencePart
 from train.model.multimodal.config import VisionConfig
 from train.model.tokens import next_tokens
 
@@ -40,11 +41,12 @@ class PlacedRows:
         return cls(torch.cat([rows.new_zeros(1, rows.shape[-1]), rows]), numbers)
 
     def replace_in(
-        self, embedding: Float[Tensor, "batch seq hidden"]
-    ) -> Float[Tensor, "batch seq hidden"]:
-        """The embedding with rows in place of the placeholders' own vectors."""
-        rows = F.embedding(self.numbers, self.table, padding_idx=0)
-        return torch.where((self.numbers > 0).unsqueeze(-1), rows, embedding)
+        self, embedding: Float[Tensor, "batch part hidden"], part: SequencePart
+    ) -> Float[Tensor, "batch part hidden"]:
+        """The embedding of a rank's tokens with rows in place of the placeholders' own vectors."""
+        numbers = part.take(self.numbers)
+        rows = F.embedding(numbers, self.table, padding_idx=0)
+        return torch.where((numbers > 0).unsqueeze(-1), rows, embedding)
 
     def next(self, document_ids: Int[Tensor, "batch seq"]) -> "PlacedRows":
         """What stands at token t+1, at position t: for multi-token prediction."""

@@ -24,6 +24,9 @@ class VisionTower(nn.Module):
 
     A batch without images passes through as empty tensors: every rank of a sharded model enters
     the same modules, and every parameter has a gradient, which is zero.
+
+    Ranks that share sequences each compute the rows of all their images, which is little beside the
+    rest, and place those that stand at their own tokens; the gradients of the placed ones add up.
     """
 
     def __init__(self, config: VisionConfig, hidden_size: int, eps: float) -> None:

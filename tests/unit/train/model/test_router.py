@@ -131,12 +131,12 @@ def test_balance_loss_joins_the_gradient() -> None:
 def test_balance_loss_is_one_when_even_and_experts_over_k_when_collapsed() -> None:
     even = torch.full((2, 6, 6), 0.5)
     torch.testing.assert_close(
-        sequence_balance_loss(even, torch.full((2, 6), 2), 2), torch.tensor(2.0)
+        sequence_balance_loss(even, torch.full((2, 6), 2), 2, 6), torch.tensor(2.0)
     )
     collapsed = torch.zeros(1, 6, 6)
     collapsed[..., :2] = 1.0
     counts = torch.tensor([[6, 6, 0, 0, 0, 0]])
-    torch.testing.assert_close(sequence_balance_loss(collapsed, counts, 2), torch.tensor(3.0))
+    torch.testing.assert_close(sequence_balance_loss(collapsed, counts, 2, 6), torch.tensor(3.0))
 
 
 def test_groups_hold_all_experts_of_a_token() -> None:

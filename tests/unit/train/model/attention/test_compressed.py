@@ -191,7 +191,7 @@ def test_recall_counts_queries_that_see_more_entries_than_they_select() -> None:
     module = attention(SPARSE)
     assert module.indexer is not None
     inputs = batch(16)
-    module(inputs[0], tokens_of(*inputs[1:]))
+    module(inputs[0], tokens_of(*inputs[1:])).sum().backward()
     sums = module.indexer.take_sums()
     # Only the last query sees 4 entries; two sequences.
     assert sums[3] == 2

@@ -1,12 +1,14 @@
 """Sparse attention of V3.2: its forms, its stages, and what each of them learns."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from tests.tokens import tokens_of
 from tests.unit.train.model.tiny import TINY, build, packed, relative_error
@@ -17,7 +19,7 @@ from train.model.attention.gathered import attend_to_selected
 from train.model.attention.indexer import Visibility, index_scores, select, selection_mask
 from train.model.attention.mla import MultiHeadLatentAttention
 from train.model.config import ModelConfig
-from train.model.rotary import rotary_tables, rotate_halves
+from train.model.rotary import rotate_halves
 from train.model.transformer import Transformer
 
 LENGTHS = (9, 150, 41)
@@ -52,8 +54,9 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
 def whole_matrices(made: SparseLatentAttention) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Index scores, attention per head, output and the mask, from the papers' formulas."""
     x, positions, documents = inputs()
-    cos, sin = rotary_tables(positions, made.rope, made.theta)
-    c, q_nope, q_rope, kv, k_rope = made.latents(x, cos, sin)
+    tokens = tokens_of(positions, documents)
+    cos, sin = tables = made.tables(tokens)
+    c, q_nope, q_rope, kv, k_rope = made.latents(x, tables, tokens.part)
     indexer, rope = made.indexer, made.rope
     key = indexer.k_norm(indexer.k(x))
     query = indexer.q_b(c.detach()).unflatten(-1, (16, 6))
@@ -68,9 +71,9 @@ def whole_matrices(made: SparseLatentAttention) -> tuple[Tensor, Tensor, Tensor,
         ranked = scores.masked_fill(~allowed, -torch.inf).topk(min(indexer.top_k, x.shape[1]))
         best = torch.zeros_like(allowed).scatter(-1, ranked.indices, True)
         allowed = allowed & best
-    expanded = made.kv_b(kv).unflatten(-1, (2, -1))
+    expanded = torch.unflatten(kv @ made.kv_b.weight.T, -1, (2, -1))
     logits = torch.einsum("bthn,bshn->bhts", q_nope, expanded[..., : made.nope])
-    logits = (logits + torch.einsum("bthr,bsr->bhts", q_rope, k_rope[:, :, 0])) * made.scale
+    logits = (logits + torch.einsum("bthr,bsr->bhts", q_rope, k_rope)) * made.scale
     p = logits.masked_fill(~allowed[:, None], -torch.inf).softmax(-1)
     out = made.o(torch.einsum("bhts,bshv->bthv", p, expanded[..., made.nope :]).flatten(2))
     return scores, p, out, allowed
@@ -222,7 +225,9 @@ def test_nothing_is_counted_without_training() -> None:
         made(x, tokens_of(*places))
     made.eval()(x, tokens_of(*places))
     assert made.indexer.take_sums().tolist() == [0] * 4
-    made.train()(x, tokens_of(*places))
+    out = made.train()(x, tokens_of(*places))
+    assert made.indexer.take_sums().tolist() == [0] * 4
+    out.sum().backward()
     divergence, overlap, mass, queries = made.indexer.take_sums().tolist()
     assert divergence > 0
     assert 0 < overlap < queries <= 2 * 16
@@ -234,15 +239,14 @@ def test_recall_is_that_of_the_selection_in_use() -> None:
     """Against the selection and the full attention of every query, at the sampled places."""
     made = layer(GATHERED)
     x, positions, documents = inputs()
-    made(x, tokens_of(positions, documents))
+    made(x, tokens_of(positions, documents)).sum().backward()
     _, overlap, _, queries = made.indexer.take_sums().tolist()
     made.indexer.stage = "dense_warmup"
     scores, p, _, allowed = whole_matrices(made)
     visible = Visibility.of_tokens(documents)
-    cos, sin = rotary_tables(positions, made.rope, made.theta)
-    index: tuple[Tensor, Tensor, Tensor] = made.indexer(
-        x, made.latents(x, cos, sin).query, cos, sin
-    )
+    tokens = tokens_of(positions, documents)
+    tables, part = made.tables(tokens), tokens.part
+    index = made.index(x, made.latents(x, tables, part).query, tables, part, idle=False)
     torch.testing.assert_close(index_scores(*index), scores)
     chosen = selection_mask(select(*index, visible, GATHERED), 200)
     best = torch.zeros_like(allowed).scatter(-1, p.sum(1).topk(GATHERED).indices, True)
@@ -254,6 +258,16 @@ def test_recall_is_that_of_the_selection_in_use() -> None:
         if allowed[b, t].sum() > GATHERED
     ]
     assert (overlap, queries) == (pytest.approx(sum(wanted)), len(wanted))
+
+
+def test_a_repeated_forward_pass_counts_once() -> None:
+    made = layer(GATHERED)
+    x, *places = inputs()
+    counted = []
+    for run in (made, partial(checkpoint, made, use_reentrant=False)):
+        run(x.requires_grad_(), tokens_of(*places)).sum().backward()
+        counted.append(made.indexer.take_sums())
+    assert torch.equal(*counted)
 
 
 class LargestTensor(TorchDispatchMode):  # type: ignore[no-untyped-call]
