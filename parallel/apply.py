@@ -32,8 +32,8 @@ class DispatchSite(Protocol):
     """A mixture-of-experts layer, as far as parallelism is concerned."""
 
     num_experts: int
-    dispatch: Callable[[Tensor, Tensor, Tensor, nn.Module], Tensor]
-    """(tokens, expert indices, expert weights, experts) -> tokens; see `AllToAllDispatcher`."""
+    dispatch: Callable[[Tensor, Tensor, Tensor, nn.Module], Callable[[], Tensor]]
+    """(tokens, expert indices, expert weights, experts) -> () -> tokens; see `AllToAllDispatcher`."""
 
 
 @runtime_checkable

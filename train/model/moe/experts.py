@@ -6,6 +6,7 @@ experts along dim 0; neither file knows about ranks.
 
 # ruff: noqa: ANN401 - torch leaves the type of an autograd function's ctx open
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -99,8 +100,8 @@ class LocalDispatcher:
         expert_indices: Int[Tensor, "tokens k"],
         expert_weights: Float[Tensor, "tokens k"],
         experts: nn.Module,
-    ) -> Float[Tensor, "tokens hidden"]:
-        """Weighted sum of each token's experts, in the type of `tokens`."""
+    ) -> Callable[[], Tensor]:
+        """What returns the weighted sum of each token's experts, in the type of `tokens`."""
         order = order_by_expert(expert_indices, self.num_experts, multiple=row_multiple(tokens))
-        results = experts(spread(tokens, order), order.counts)
-        return combine(results, order, expert_weights)
+        rows = spread(tokens, order)
+        return lambda: combine(experts(rows, order.counts), order, expert_weights)

@@ -11,14 +11,16 @@ from train.model.moe.experts import Experts, LocalDispatcher
 from train.model.moe.router import HashRouter, Router, TopKRouter
 from train.model.tokens import Tokens
 
-Dispatch = Callable[[Tensor, Tensor, Tensor, nn.Module], Tensor]
-"""(tokens [tokens hidden], indices [tokens k], weights [tokens k], experts) -> [tokens hidden]."""
+Dispatch = Callable[[Tensor, Tensor, Tensor, nn.Module], Callable[[], Tensor]]
+"""(tokens [tokens hidden], indices [tokens k], weights [tokens k], experts) sends the tokens to
+their experts; what it returns is called for the weighted sums [tokens hidden]."""
 
 
 class MoeLayer(nn.Module):
     """DeepSeekMoE: `sum_k w_k expert_k(x) + shared(x)` (arXiv 2412.19437, eq. 12).
 
-    `dispatch` may be replaced by one that exchanges tokens with other ranks.
+    `dispatch` may be replaced by one that exchanges tokens with other ranks: the shared expert is
+    computed while they travel, and its gradient while theirs do.
 
     Args:
         config: the model.
@@ -50,9 +52,10 @@ class MoeLayer(nn.Module):
         """Route, apply the experts and add the shared expert."""
         indices, weights = self.router(x, tokens)
         rows = x.flatten(0, 1)
-        routed = self.dispatch(rows, indices.flatten(0, 1), weights.flatten(0, 1), self.experts)
-        out = routed.view(x.shape)
-        return out if self.shared is None else out + self.shared(x)
+        collect = self.dispatch(rows, indices.flatten(0, 1), weights.flatten(0, 1), self.experts)
+        shared = None if self.shared is None else self.shared(x)
+        routed = collect().view(x.shape)
+        return routed if shared is None else routed + shared
 
     @property
     def expert_bias(self) -> Float[Tensor, "experts"] | None:

@@ -33,7 +33,7 @@ def test_dispatch_is_the_weighted_sum_of_each_tokens_experts() -> None:
     indices = torch.tensor([[4, 0], [1, 4], [4, 3]]).repeat(3, 1)
     weights = torch.rand(9, 2, dtype=torch.float64, requires_grad=True)
     leaves = (tokens, weights, *made.parameters())
-    found = LocalDispatcher(5)(tokens, indices, weights, made)
+    found = LocalDispatcher(5)(tokens, indices, weights, made)()
     rows = [
         sum(weights[t, j] * one_expert(made, int(indices[t, j]), tokens[t]) for j in range(2))
         for t in range(9)
@@ -89,7 +89,7 @@ def test_padded_and_grouped_dispatch_equals_fp64(dtype: torch.dtype, bound: floa
     for kind in (dtype, torch.float64):
         made.to(kind)
         leaves = (tokens.to(kind).requires_grad_(), weights.clone().requires_grad_())
-        out = LocalDispatcher(5)(leaves[0], indices, leaves[1], made)
+        out = LocalDispatcher(5)(leaves[0], indices, leaves[1], made)()
         grads = torch.autograd.grad(out.square().sum(), (*leaves, *made.parameters()))
         results.append([out, *grads])
     for found, wanted in zip(*results, strict=True):
@@ -107,7 +107,7 @@ def test_layer_adds_the_shared_expert_and_takes_its_statistics(num_shared: int) 
     layer.balance_scale = 0.5
     found = layer(x, tokens_of(ids, ids))
     torch.autograd.backward(found.sum())
-    layer.dispatch = lambda tokens, *_: torch.zeros_like(tokens)
+    layer.dispatch = lambda tokens, *_: lambda: torch.zeros_like(tokens)
     shared = layer(x, tokens_of(ids, ids))
     if layer.shared is None:
         assert shared.abs().sum() == 0
