@@ -25,6 +25,7 @@ from parallel.layout import ParallelLayout
 from parallel.mesh import Meshes
 from parallel.sequence import SequenceSplit
 from parallel.torch_compat import place_tensor_parallel
+from parallel.prefetch import prefetch_parameters
 
 
 @runtime_checkable
@@ -50,7 +51,8 @@ class ModelParts:
     root: nn.Module
     """The whole model; parameters that belong to no other part are sharded with it."""
     blocks: Sequence[nn.Module]
-    """Modules that are gathered one after the other, in the order of the forward pass."""
+    """Modules that are gathered one after the other, in the order of the forward pass; all of them
+    run in every pass."""
     expert_modules: Sequence[nn.Module]
     """Modules whose parameters all have the experts as dim 0."""
     dispatch_sites: Sequence[DispatchSite]
@@ -99,6 +101,7 @@ def apply_parallelism(
             # the second call gloo would be asked for a scaled sum, which it does not have.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+    prefetch_parameters(parts.root, parts.blocks, parts.expert_modules)
     parts.root.register_forward_hook(_free_without_backward)
 
 

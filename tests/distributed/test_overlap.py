@@ -108,7 +108,9 @@ def overlapped(rank: int, directory: Path) -> list[str]:
     last = shared.gate.weight  # of the backward pass, as it is the first of the forward pass
     for parameter in shared.parameters():
         file = files[4] if parameter is last else None
-        parameter.register_hook(lambda grad, file=file: note("shared gradient", file))
+        parameter.register_hook(  # type: ignore[no-untyped-call]
+            lambda grad, file=file: note("shared gradient", file)
+        )
     trained(layer, 5)
     return recorder.events
 
@@ -132,24 +134,33 @@ def at_once(dispatch: Callable[..., Callable[[], Tensor]]) -> Callable[..., Call
 class LateWork:
     """A collective that does everything at the last moment, and keeps no buffer alive."""
 
-    def __init__(self, received: Tensor, sent: Tensor, args: Any, group: Any) -> None:
+    def __init__(self, received: Tensor, sent: Tensor, collective: Callable[..., Any]) -> None:
         received.fill_(float("nan"))
         self.buffers = weakref.ref(received), weakref.ref(sent)
-        self.args, self.group = args, group
+        self.collective = collective
 
     def wait(self) -> None:
         received, sent = (buffer() for buffer in self.buffers)
         assert received is not None, "the buffer that receives was given away"
         assert sent is not None, "the buffer that is sent was given away"
-        all_to_all_single(received, sent, *self.args, group=self.group)
+        self.collective(received, sent)
 
 
 def late(
-    received: Tensor, sent: Tensor, *args: Any, group: Any = None, async_op: bool = False
+    received: Tensor,
+    sent: Tensor,
+    receive: list[int] | None = None,
+    send: list[int] | None = None,
+    *,
+    group: dist.ProcessGroup,
+    async_op: bool = False,
 ) -> LateWork | None:
+    def collective(received: Tensor, sent: Tensor) -> None:
+        all_to_all_single(received, sent, receive, send, group=group)
+
     if async_op:
-        return LateWork(received, sent, args, group)
-    all_to_all_single(received, sent, *args, group=group)
+        return LateWork(received, sent, collective)
+    collective(received, sent)
     return None
 
 
