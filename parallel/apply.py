@@ -23,9 +23,9 @@ from parallel.config import ContextSplit, ParallelConfig
 from parallel.expert import AllToAllDispatcher
 from parallel.layout import ParallelLayout
 from parallel.mesh import Meshes
+from parallel.prefetch import prefetch_parameters
 from parallel.sequence import SequenceSplit
 from parallel.torch_compat import place_tensor_parallel
-from parallel.prefetch import prefetch_parameters
 
 
 @runtime_checkable

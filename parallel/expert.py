@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from parallel.collectives import exchange_rows, start_exchange
-from parallel.rows import combine, order_by_expert, row_multiple, spread
+from parallel.rows import Permute, order_by_expert, permute, row_multiple, spread
 
 
 class AllToAllDispatcher:
@@ -23,12 +23,15 @@ class AllToAllDispatcher:
     Args:
         group: the expert-parallel ranks.
         num_experts: experts of the layer over all ranks.
+        permute: the kernel that sorts this rank's tokens by expert.
 
     Raises:
         ValueError: the experts cannot be divided evenly among the ranks.
     """
 
-    def __init__(self, group: dist.ProcessGroup, num_experts: int) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup, num_experts: int, permute: Permute = permute
+    ) -> None:
         if num_experts % group.size():
             raise ValueError(
                 f"parallel.expert_parallel_size={group.size()}: must divide "
@@ -36,6 +39,7 @@ class AllToAllDispatcher:
             )
         self.group = group
         self.num_experts = num_experts
+        self.permute = permute
 
     def __call__(
         self,
@@ -76,15 +80,16 @@ class AllToAllDispatcher:
         leaving = here.counts.view(self.group.size(), -1)
         arriving = arriving.view(self.group.size(), -1)
         send, receive = torch.stack([leaving.sum(1), arriving.sum(1)]).tolist()
-        arrive = start_exchange(spread(tokens, here), send, receive, self.group)
+        rows, combine = self.permute(tokens, here)
+        arrive = start_exchange(rows, send, receive, self.group)
         owner = _local_experts(arriving)
         there = order_by_expert(owner, arriving.shape[1], multiple=row_multiple(tokens))
 
         def collect() -> Tensor:
             results = experts(spread(arrive(), there), there.counts)
-            results = results.index_select(0, there.place.flatten())
+            results = results.index_select(0, there.place)
             results = exchange_rows(results, receive, send, self.group)
-            return combine(results, here, expert_weights)
+            return combine(results, expert_weights)
 
         return collect
 

@@ -1,10 +1,11 @@
 import pytest
 import torch
 
+from parallel.grouped import grouped_mm
 from tests.tokens import tokens_of
 from tests.unit.train.model.tiny import TINY, relative_error, with_changes
 from train.model.moe.config import MoeConfig
-from train.model.moe.experts import Experts, LocalDispatcher, grouped_linear
+from train.model.moe.experts import Experts, LocalDispatcher
 from train.model.moe.layer import MoeLayer
 
 CONFIG = MoeConfig(num_experts=5, num_experts_per_token=2, expert_intermediate_size=6)
@@ -68,7 +69,7 @@ def test_grouped_products_equal_the_loop(
     # fp64 takes the loop.
     for leaves in ((rows, weights), (rows.double(), weights.double())):
         made = [leaf.requires_grad_() for leaf in leaves]
-        out = grouped_linear(*made, torch.tensor(counts))  # type: ignore[call-arg]
+        out = grouped_mm(*made, torch.tensor(counts))  # type: ignore[call-arg]
         # An expanded gradient, which torch's own backward refuses.
         results.append([out, *torch.autograd.grad(out.sum(), made)])
     for found, wanted in zip(*results, strict=True):
