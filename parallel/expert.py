@@ -13,6 +13,12 @@ from torch import Tensor, nn
 from parallel.collectives import exchange_rows, start_exchange
 from parallel.rows import Permute, order_by_expert, permute, row_multiple, spread
 
+Dispatcher = Callable[[Tensor, Tensor, Tensor, nn.Module], Callable[[], Tensor]]
+"""(tokens [tokens hidden], expert indices [tokens k], weights [tokens k], experts) sends tokens to
+their experts; what it returns is called once, for the weighted sums [tokens hidden]."""
+DispatcherKind = Callable[[dist.ProcessGroup, int, Permute], Dispatcher]
+"""(ranks that hold different experts, experts over all of them, kernel) -> dispatcher."""
+
 
 class AllToAllDispatcher:
     """The reference dispatcher: two uneven all-to-alls of rows and one of counts.

@@ -1,19 +1,14 @@
 """The mixture-of-experts layer: router, dispatch, experts, shared expert; called by `block`."""
 
-from collections.abc import Callable
-
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from parallel.expert import Dispatcher
 from train.model.config import ModelConfig
 from train.model.ffn import FeedForward
 from train.model.moe.experts import Experts, LocalDispatcher
 from train.model.moe.router import HashRouter, Router, TopKRouter
 from train.model.tokens import Tokens
-
-Dispatch = Callable[[Tensor, Tensor, Tensor, nn.Module], Callable[[], Tensor]]
-"""(tokens [tokens hidden], indices [tokens k], weights [tokens k], experts) sends the tokens to
-their experts; what it returns is called for the weighted sums [tokens hidden]."""
 
 
 class MoeLayer(nn.Module):
@@ -44,7 +39,7 @@ class MoeLayer(nn.Module):
             width = moe.num_shared_experts * moe.expert_intermediate_size
             # V4's published code clamps the routed experts only; the paper is silent.
             self.shared = FeedForward(hidden, width, limit=None)
-        self.dispatch: Dispatch = LocalDispatcher(moe.num_experts)
+        self.dispatch: Dispatcher = LocalDispatcher(moe.num_experts)
 
     def forward(
         self, x: Float[Tensor, "batch part hidden"], tokens: Tokens
