@@ -12,9 +12,11 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from parallel.expert import AllToAllDispatcher
 from tests.harness import run_distributed
+from tests.tokens import tokens_of
 from tests.unit.train.model.tiny import TINY, with_changes
 from train.model.moe.config import MoeConfig
 from train.model.moe.layer import MoeLayer
@@ -41,12 +43,18 @@ def layer_of(rank: int, world_size: int, dtype: torch.dtype = torch.float64) -> 
     return layer
 
 
-def trained(layer: MoeLayer, tokens: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+def trained(
+    layer: MoeLayer, tokens: int, dtype: torch.dtype = torch.float64, recompute: bool = False
+) -> list[Tensor]:
     """Output and all gradients of one pass over this rank's tokens."""
     torch.manual_seed(1 + dist.get_rank())
     x = torch.randn(1, tokens, HIDDEN, dtype=dtype, requires_grad=True)
     layer.balance_scale = 0.1
-    out = layer(x, torch.zeros(1, tokens, dtype=torch.int64))
+    ids = torch.zeros(1, tokens, dtype=torch.int64)
+    if recompute:
+        out = checkpoint(layer, x, tokens_of(ids, ids), use_reentrant=False)
+    else:
+        out = layer(x, tokens_of(ids, ids))
     leaves = [x, *layer.parameters()]
     loss = (out.sin() * torch.arange(1, HIDDEN + 1)).sum()
     return [out, *torch.autograd.grad(loss, leaves)]
@@ -164,19 +172,21 @@ def late(
     return None
 
 
-def three_ways(rank: int, tokens: list[int], dtype: torch.dtype, skewed: bool) -> list[Any]:
-    """Overlapped, at once, and overlapped by collectives that work as late as they may."""
+def four_ways(rank: int, tokens: list[int], dtype: torch.dtype, skewed: bool) -> list[Any]:
+    """At once, overlapped, recomputed, and by collectives that work as late as they may."""
 
-    def run(dispatch: Callable[[Any], Any] = lambda d: d) -> list[NDArray[Any]]:
+    def run(
+        dispatch: Callable[[Any], Any] = lambda d: d, recompute: bool = False
+    ) -> list[NDArray[Any]]:
         layer = layer_of(rank, len(tokens), dtype)
         layer.dispatch = dispatch(layer.dispatch)
         router: Any = layer.router
         if skewed:  # everything goes to experts 0 and 1: the last ranks get no rows
             router.expert_bias += torch.tensor([9.0, 9.0, 0.0, 0.0])
-        results = trained(layer, tokens[rank], dtype)
+        results = trained(layer, tokens[rank], dtype, recompute)
         return [result.detach().float().numpy().copy() for result in results]
 
-    results = [run(), run(at_once)]
+    results = [run(at_once), run(), run(recompute=True)]
     dist.all_to_all_single = late  # type: ignore[assignment]
     # Anomaly detection reads every gradient: a buffer that is being written would show as NaN.
     with pytest.warns(UserWarning, match="Anomaly Detection"), torch.autograd.detect_anomaly():
@@ -196,11 +206,8 @@ def three_ways(rank: int, tokens: list[int], dtype: torch.dtype, skewed: bool) -
 def test_results_are_bitwise_those_without_overlap(
     tokens: list[int], dtype: torch.dtype, skewed: bool
 ) -> None:
-    for rank, (overlapped, at_once, late) in enumerate(
-        run_distributed(three_ways, len(tokens), tokens, dtype, skewed)
-    ):
-        assert len(overlapped) == len(at_once) == len(late) == 8
-        for index, value in enumerate(overlapped):
-            assert np.isfinite(value).all()
-            np.testing.assert_array_equal(at_once[index], value, err_msg=f"{rank} {index}")
-            np.testing.assert_array_equal(late[index], value, err_msg=f"{rank} {index}")
+    for wanted, *others in run_distributed(four_ways, len(tokens), tokens, dtype, skewed):
+        assert all(np.isfinite(value).all() for value in wanted)
+        for found in others:
+            for value, right in zip(found, wanted, strict=True):
+                np.testing.assert_array_equal(value, right)

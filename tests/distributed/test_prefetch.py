@@ -1,5 +1,6 @@
 """When FSDP2 gathers parameters and sums gradients; that only the order depends on it."""
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils.checkpoint import checkpoint
 
 import parallel.apply
 from tests.distributed import toy
@@ -45,9 +47,11 @@ sum layers.0
 WORDS = {"FSDP::all_gather": "gather", "FSDP::post_backward_reduce": "sum"}
 
 
-def order(rank: int) -> str:
+def order(rank: int, recompute: bool) -> str:
     """What starts when in a training step."""
     model = build(Case(2), torch.float32, torch.bfloat16)
+    for block in model.blocks() if recompute else ():
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
 
     def mark(module: nn.Module, name: str) -> None:
         def mark_it(module: nn.Module, *args: Any, word: str) -> None:
@@ -71,12 +75,19 @@ def order(rank: int) -> str:
     return "".join(lines)
 
 
-def test_gathers_start_before_and_sums_right_after_what_is_computed() -> None:
+@pytest.mark.parametrize("recompute", [False, True])
+def test_gathers_start_before_and_sums_right_after_what_is_computed(recompute: bool) -> None:
     """The next block is gathered before this one is computed, its experts before the tokens leave;
-    the gradients of a unit are summed before those of the unit before it are computed.
+    the gradients of a unit are summed before those of the unit before it are computed. What is
+    computed again in the backward pass gathers nothing but what that pass needs anyway.
     """
     wanted = FORWARD.lstrip() + BACKWARD.lstrip()
-    assert run_distributed(order, 2) == [wanted, wanted]
+    if recompute:
+        for layer in ("layers.1", "layers.0"):
+            gradient = f"gradient {layer}.experts\n"
+            again = f"compute {layer}.dense\ncompute {layer}.experts\n"
+            wanted = wanted.replace(gradient, again + gradient)
+    assert run_distributed(order, 2, recompute) == [wanted, wanted]
 
 
 @pytest.mark.parametrize(
