@@ -172,26 +172,37 @@ def late(
     return None
 
 
-def four_ways(rank: int, tokens: list[int], dtype: torch.dtype, skewed: bool) -> list[Any]:
-    """At once, overlapped, recomputed, and by collectives that work as late as they may."""
+def arrays(
+    layer: MoeLayer, tokens: int, dtype: torch.dtype, recompute: bool = False
+) -> list[NDArray[Any]]:
+    results = trained(layer, tokens, dtype, recompute)
+    return [result.detach().float().numpy().copy() for result in results]
 
-    def run(
-        dispatch: Callable[[Any], Any] = lambda d: d, recompute: bool = False
-    ) -> list[NDArray[Any]]:
+
+def three_ways(rank: int, tokens: list[int], dtype: torch.dtype, skewed: bool) -> list[Any]:
+    """At once, overlapped, and overlapped by collectives that work as late as they may."""
+
+    def run(dispatch: Callable[[Any], Any] = lambda d: d) -> list[NDArray[Any]]:
         layer = layer_of(rank, len(tokens), dtype)
         layer.dispatch = dispatch(layer.dispatch)
         router: Any = layer.router
         if skewed:  # everything goes to experts 0 and 1: the last ranks get no rows
             router.expert_bias += torch.tensor([9.0, 9.0, 0.0, 0.0])
-        results = trained(layer, tokens[rank], dtype, recompute)
-        return [result.detach().float().numpy().copy() for result in results]
+        return arrays(layer, tokens[rank], dtype)
 
-    results = [run(at_once), run(), run(recompute=True)]
+    results = [run(at_once), run()]
     dist.all_to_all_single = late  # type: ignore[assignment]
     # Anomaly detection reads every gradient: a buffer that is being written would show as NaN.
     with pytest.warns(UserWarning, match="Anomaly Detection"), torch.autograd.detect_anomaly():
         results.append(run())
     return results
+
+
+def assert_bitwise_equal(wanted: list[NDArray[Any]], others: list[list[NDArray[Any]]]) -> None:
+    assert all(np.isfinite(value).all() for value in wanted)
+    for found in others:
+        for value, right in zip(found, wanted, strict=True):
+            np.testing.assert_array_equal(value, right)
 
 
 @pytest.mark.parametrize(
@@ -206,8 +217,15 @@ def four_ways(rank: int, tokens: list[int], dtype: torch.dtype, skewed: bool) ->
 def test_results_are_bitwise_those_without_overlap(
     tokens: list[int], dtype: torch.dtype, skewed: bool
 ) -> None:
-    for wanted, *others in run_distributed(four_ways, len(tokens), tokens, dtype, skewed):
-        assert all(np.isfinite(value).all() for value in wanted)
-        for found in others:
-            for value, right in zip(found, wanted, strict=True):
-                np.testing.assert_array_equal(value, right)
+    for wanted, *others in run_distributed(three_ways, len(tokens), tokens, dtype, skewed):
+        assert_bitwise_equal(wanted, others)
+
+
+def kept_and_recomputed(rank: int) -> list[list[NDArray[Any]]]:
+    return [arrays(layer_of(rank, 2), 6, torch.float64, recompute) for recompute in (False, True)]
+
+
+def test_a_recomputed_layer_is_bitwise_the_same() -> None:
+    """Its exchanges are started and waited for once more, in the backward pass."""
+    for wanted, *others in run_distributed(kept_and_recomputed, 2):
+        assert_bitwise_equal(wanted, others)
