@@ -56,10 +56,10 @@ class AllToAllDispatcher:
     ) -> Callable[[], Tensor]:
         """Send tokens to their experts; the returned function gives their weighted sums.
 
-        What is computed between the two calls, as the shared expert, hides the way there, and in
-        the backward pass that of the gradients back: the first begins when the counts are known,
-        which the host waits for. The way back of the results is not hidden: nothing is left to
-        compute that does not need them.
+        What is computed between the two calls, as the shared expert, hides the exchange of the
+        tokens, and its backward pass that of their gradients. The exchange of the counts comes
+        first and is not hidden, for the host waits for it; nor is that of the results, for nothing
+        is left to compute that does not need them.
 
         `experts` is called on every rank, also with no rows, and must then still connect its output
         to its input: a rank that left the graph would not join the backward exchange, and the
