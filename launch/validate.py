@@ -169,6 +169,35 @@ def _sequences(config: RunConfig) -> Problems:
             yield problem
 
 
+def _kernels(config: RunConfig) -> Problems:
+    """Rules of kernels that do not depend on the machine; ranks check the rest before they meet."""
+    parallel, dtype = config.parallel, config.train.dtype
+    if parallel.expert_dispatcher == "deepep":
+        other = "or parallel.expert_dispatcher=all_to_all"
+        path = "parallel.expert_dispatcher=deepep"
+        if parallel.expert_parallel_size == 1:
+            yield (
+                f"{path}: nothing travels with parallel.expert_parallel_size=1; use a larger one, "
+                f"{other}"
+            )
+        if dtype != "bf16":
+            yield f"{path}: sends bf16, not train.dtype={dtype}; use train.dtype=bf16, {other}"
+        if parallel.backend not in ("auto", "cuda"):
+            yield f"{path}: runs on cuda, not on parallel.backend={parallel.backend}; use cuda, {other}"
+    if parallel.kernels.grouped_linear == "grouped_mm":
+        path = "parallel.kernels.grouped_linear=grouped_mm"
+        if dtype == "fp64":
+            yield f"{path}: torch has none for train.dtype=fp64; use auto, loop or train.dtype=fp32"
+        multiple = 16 // {"fp32": 4, "bf16": 2, "fp64": 8}[dtype]
+        width = config.model.moe.expert_intermediate_size
+        if config.model.hidden_size % multiple or width % multiple:
+            yield (
+                f"{path}: model.hidden_size={config.model.hidden_size} and "
+                f"model.moe.expert_intermediate_size={width} must be multiples of {multiple}; use "
+                "such sizes, auto or loop"
+            )
+
+
 def _model(config: RunConfig) -> Problems:
     yield from violations(config.model)
 
@@ -291,6 +320,7 @@ _RULES: list[Rule] = [
     _name,
     _layout,
     _sequences,
+    _kernels,
     _model,
     _recompute,
     _stages,

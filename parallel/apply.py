@@ -8,21 +8,24 @@ Every rank's loss is the sum over its own tokens divided by the valid labels of 
 batch, so every gradient reduction is a plain sum, for dense parameters and experts alike.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from parallel.backend.kernels import choose_kernels
 from parallel.config import ContextSplit, ParallelConfig
-from parallel.expert import AllToAllDispatcher
+from parallel.expert import Dispatcher
+from parallel.grouped import GroupedLinear
 from parallel.layout import ParallelLayout
 from parallel.mesh import Meshes
+from parallel.prefetch import prefetch_parameters
 from parallel.sequence import SequenceSplit
 from parallel.torch_compat import place_tensor_parallel
 
@@ -32,8 +35,14 @@ class DispatchSite(Protocol):
     """A mixture-of-experts layer, as far as parallelism is concerned."""
 
     num_experts: int
-    dispatch: Callable[[Tensor, Tensor, Tensor, nn.Module], Tensor]
-    """(tokens, expert indices, expert weights, experts) -> tokens; see `AllToAllDispatcher`."""
+    dispatch: Dispatcher
+
+
+@runtime_checkable
+class GroupedExperts(Protocol):
+    """Experts that leave their products to a kernel."""
+
+    grouped_linear: GroupedLinear
 
 
 @runtime_checkable
@@ -50,7 +59,8 @@ class ModelParts:
     root: nn.Module
     """The whole model; parameters that belong to no other part are sharded with it."""
     blocks: Sequence[nn.Module]
-    """Modules that are gathered one after the other, in the order of the forward pass."""
+    """Modules that are gathered one after the other, in the order of the forward pass; all of them
+    run in every pass."""
     expert_modules: Sequence[nn.Module]
     """Modules whose parameters all have the experts as dim 0."""
     dispatch_sites: Sequence[DispatchSite]
@@ -77,19 +87,19 @@ def apply_parallelism(
         parts: of a model whose parameters are on the meta device, or equal on all ranks.
         layout: the sizes.
         meshes: built from `layout`.
-        config: whether gathered parameters are freed after the forward pass.
+        config: kernels, and whether gathered parameters are freed after the forward pass.
         param_dtype: type that parameters are gathered and computed in; they are stored in their own.
         reduce_dtype: type that gradients are summed over ranks in.
 
     Raises:
-        ValueError: the layout asks for what there is not, or does not fit the number of experts.
+        ValueError: the layout asks for what there is not, or does not fit the number of experts; or
+            a kernel does not run on the device.
+        RuntimeError: a kernel cannot be imported.
     """
     _check(parts, layout)
     for module in parts.expert_modules:
         _shard_experts(module, meshes.ep)
-    group = meshes.ep.get_group()
-    for site in parts.dispatch_sites:
-        site.dispatch = AllToAllDispatcher(group, site.num_experts)
+    _install_kernels(parts, meshes.ep, config)
     if parts.sequence_site is not None:
         parts.sequence_site.split = sequence_split(meshes, config.context_split)
     _shard(parts, meshes, config.reshard_after_forward, param_dtype, reduce_dtype)
@@ -99,6 +109,7 @@ def apply_parallelism(
             # the second call gloo would be asked for a scaled sum, which it does not have.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+    prefetch_parameters(parts.root, parts.blocks, parts.expert_modules)
     parts.root.register_forward_hook(_free_without_backward)
 
 
@@ -133,6 +144,16 @@ def _check(parts: ModelParts, layout: ParallelLayout) -> None:
     problems = {line: None for count in sorted(experts) for line in layout.problems(count)}
     if problems:
         raise ValueError("\n".join(problems))
+
+
+def _install_kernels(parts: ModelParts, ep: DeviceMesh, config: ParallelConfig) -> None:
+    """Give every layer the dispatcher of the recipe, and the experts their products."""
+    kernels = choose_kernels(config, ep.device_type)
+    for site in parts.dispatch_sites:
+        site.dispatch = kernels.dispatcher(ep.get_group(), site.num_experts, kernels.permute)
+    for module in parts.expert_modules:
+        if isinstance(module, GroupedExperts):
+            module.grouped_linear = kernels.grouped_linear
 
 
 def _shard_experts(experts: nn.Module, ep: DeviceMesh) -> None:

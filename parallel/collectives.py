@@ -4,13 +4,14 @@ Used by `expert`, `sequence`, `pieces` and `gradients`. torch's own differentiab
 of their all-reduce is another all-reduce, and their names change between versions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Float, Shaped
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def exchange_rows(
@@ -33,33 +34,7 @@ def exchange_rows(
     Returns:
         The received rows, sorted by source.
     """
-    if group.size() == 1:
-        return rows  # a copy through gloo costs a sixth of the layer
-    received: Tensor = _ExchangeRows.apply(rows, send_counts, receive_counts, group)  # type: ignore[no-untyped-call]
-    return received
-
-
-class _ExchangeRows(torch.autograd.Function):
-    """An all-to-all, whose transpose is the all-to-all with the counts swapped."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,  # noqa: ANN401
-        rows: Tensor,
-        send_counts: Sequence[int],
-        receive_counts: Sequence[int],
-        group: dist.ProcessGroup,
-    ) -> Tensor:
-        ctx.send_counts, ctx.receive_counts, ctx.group = send_counts, receive_counts, group
-        return all_to_all(rows, send_counts, receive_counts, group)
-
-    @staticmethod
-    def backward(
-        ctx: Any,  # noqa: ANN401
-        *grads: Tensor,
-    ) -> tuple[Tensor, None, None, None]:
-        grad = all_to_all(grads[0], ctx.receive_counts, ctx.send_counts, ctx.group)
-        return grad, None, None, None
+    return start_exchange(rows, send_counts, receive_counts, group)()
 
 
 def all_to_all(
@@ -74,6 +49,98 @@ def all_to_all(
         received, rows.contiguous(), list(receive_counts), list(send_counts), group=group
     )
     return received
+
+
+def start_exchange(
+    rows: Float[Tensor, "rows hidden"],
+    send_counts: Sequence[int],
+    receive_counts: Sequence[int],
+    group: dist.ProcessGroup,
+) -> Callable[[], Tensor]:
+    """`exchange_rows` in two halves: the rows leave now, the returned function waits for them.
+
+    What is computed between the two calls hides the exchange. It hides the one of the backward
+    pass as well: autograd runs what was computed later first, so it begins where the rows were
+    waited for, goes through what was computed meanwhile, and waits where the rows left.
+
+    Returns:
+        To be called once; gives the received rows, sorted by source.
+    """
+    if group.size() == 1:
+        return lambda: rows  # a copy through gloo costs a sixth of the layer
+    exchange = _Exchange(list(send_counts), list(receive_counts), group)
+    ticket: Tensor = _Leave.apply(rows, exchange)  # type: ignore[no-untyped-call]
+
+    def arrive() -> Tensor:
+        received: Tensor = _Arrive.apply(ticket, exchange)  # type: ignore[no-untyped-call]
+        return received
+
+    return arrive
+
+
+class _Exchange:
+    """An all-to-all under way, and its transpose: the all-to-all with the counts swapped.
+
+    It holds both buffers until the wait: the collective reads and writes them beside whatever the
+    rank computes, and on a device their memory could be given away while it does.
+    """
+
+    def __init__(self, send: list[int], receive: list[int], group: dist.ProcessGroup) -> None:
+        self.send, self.receive, self.group = send, receive, group
+        self.under_way: tuple[dist.Work, Tensor, Tensor] | None = None
+
+    def start(self, rows: Tensor, send: list[int], receive: list[int]) -> None:
+        """Let rows leave."""
+        sent = rows.contiguous()
+        received = rows.new_empty((sum(receive), *rows.shape[1:]))
+        work = dist.all_to_all_single(
+            received, sent, receive, send, group=self.group, async_op=True
+        )
+        assert work is not None, "this rank is not in the group"
+        self.under_way = (work, sent, received)
+
+    def wait(self) -> Tensor:
+        """The received rows; what comes after on this rank's stream may read them."""
+        assert self.under_way is not None, "nothing has left"
+        work, _, received = self.under_way
+        work.wait()
+        self.under_way = None
+        return received
+
+
+class _Leave(torch.autograd.Function):
+    """Start an exchange; in the backward pass, wait for it.
+
+    Autograd carries an empty ticket from here to `_Arrive` and back, not the rows: nothing can read
+    a buffer that is being written.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, exchange: _Exchange) -> Tensor:  # noqa: ANN401
+        ctx.exchange = exchange
+        exchange.start(rows, exchange.send, exchange.receive)
+        return rows.new_empty(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, ticket: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401
+        return ctx.exchange.wait(), None
+
+
+class _Arrive(torch.autograd.Function):
+    """Wait for an exchange; in the backward pass, start it."""
+
+    @staticmethod
+    def forward(ctx: Any, ticket: Tensor, exchange: _Exchange) -> Tensor:  # noqa: ANN401
+        ctx.exchange = exchange
+        return exchange.wait()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401
+        exchange = ctx.exchange
+        exchange.start(grad, exchange.receive, exchange.send)
+        return grad.new_empty(0), None
 
 
 def gather_dim1(

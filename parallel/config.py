@@ -1,12 +1,25 @@
 """Schema of `parallel.*` in a recipe. Pure data: no torch, so that `mneme show` stays instant."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from pydantic import ConfigDict
 
 ContextSplit = Literal["zigzag", "contiguous"]
 BackendName = Literal["auto", "cpu", "cuda", "ascend", "cambricon", "dry"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KernelConfig:
+    """Which implementation of a kernel ranks use; auto: the fastest that is exact on the device."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    permute: Literal["auto", "reference", "megatron"] = "auto"
+    """Sort of a rank's tokens by expert, and the weighted sum of their results: ours, or the
+    device-neutral one of megatron-core, whose gradient is less exact in bf16."""
+    grouped_linear: Literal["auto", "grouped_mm", "loop"] = "auto"
+    """Products with the experts' weights: one grouped product of torch, or one for each expert."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,6 +42,9 @@ class ParallelConfig:
     gives all ranks the same number of query-key pairs."""
     expert_parallel_size: int = 1
     """Ranks that hold different experts. Formed within data x context x tensor, adds no ranks."""
+    expert_dispatcher: Literal["all_to_all", "deepep"] = "all_to_all"
+    """How tokens reach their experts: torch's collectives, or DeepEP (CUDA and bf16 only)."""
+    kernels: KernelConfig = field(default_factory=KernelConfig)
     reshard_after_forward: bool = True
     """True frees gathered parameters after the forward pass (ZeRO-3); False keeps them (ZeRO-2)."""
     backend: BackendName = "auto"

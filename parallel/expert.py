@@ -3,13 +3,21 @@
 `parallel.apply` gives one of these to every mixture-of-experts layer in place of its local dispatch.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from parallel.collectives import exchange_rows
-from parallel.rows import combine, order_by_expert, row_multiple, spread
+from parallel.collectives import exchange_rows, start_exchange
+from parallel.rows import Permute, order_by_expert, permute, row_multiple, spread
+
+Dispatcher = Callable[[Tensor, Tensor, Tensor, nn.Module], Callable[[], Tensor]]
+"""(tokens [tokens hidden], expert indices [tokens k], weights [tokens k], experts) sends tokens to
+their experts; what it returns is called once, for the weighted sums [tokens hidden]."""
+DispatcherKind = Callable[[dist.ProcessGroup, int, Permute], Dispatcher]
+"""(ranks that hold different experts, experts over all of them, kernel) -> dispatcher."""
 
 
 class AllToAllDispatcher:
@@ -21,12 +29,15 @@ class AllToAllDispatcher:
     Args:
         group: the expert-parallel ranks.
         num_experts: experts of the layer over all ranks.
+        permute: the kernel that sorts this rank's tokens by expert.
 
     Raises:
         ValueError: the experts cannot be divided evenly among the ranks.
     """
 
-    def __init__(self, group: dist.ProcessGroup, num_experts: int) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup, num_experts: int, permute: Permute = permute
+    ) -> None:
         if num_experts % group.size():
             raise ValueError(
                 f"parallel.expert_parallel_size={group.size()}: must divide "
@@ -34,6 +45,7 @@ class AllToAllDispatcher:
             )
         self.group = group
         self.num_experts = num_experts
+        self.permute = permute
 
     def __call__(
         self,
@@ -41,8 +53,13 @@ class AllToAllDispatcher:
         expert_indices: Int[Tensor, "tokens k"],
         expert_weights: Float[Tensor, "tokens k"],
         experts: nn.Module,
-    ) -> Float[Tensor, "tokens hidden"]:
-        """Weighted sum of each token's experts.
+    ) -> Callable[[], Tensor]:
+        """Send tokens to their experts; the returned function gives their weighted sums.
+
+        What is computed between the two calls, as the shared expert, hides the exchange of the
+        tokens, and its backward pass that of their gradients. The exchange of the counts comes
+        first and is not hidden, for the host waits for it; nor is that of the results, for nothing
+        is left to compute that does not need them.
 
         `experts` is called on every rank, also with no rows, and must then still connect its output
         to its input: a rank that left the graph would not join the backward exchange, and the
@@ -59,7 +76,8 @@ class AllToAllDispatcher:
                 rows that belong to no token, see `row_multiple`.
 
         Returns:
-            Summed over k in order, in fp32 or wider, and returned in the type of `tokens`.
+            To be called once. Gives `[tokens, hidden]`, summed over k in order, in fp32 or wider,
+            and returned in the type of `tokens`.
         """
         here = order_by_expert(expert_indices, self.num_experts)
         arriving = torch.empty_like(here.counts)
@@ -68,14 +86,18 @@ class AllToAllDispatcher:
         leaving = here.counts.view(self.group.size(), -1)
         arriving = arriving.view(self.group.size(), -1)
         send, receive = torch.stack([leaving.sum(1), arriving.sum(1)]).tolist()
-
-        rows = exchange_rows(spread(tokens, here), send, receive, self.group)
+        rows, combine = self.permute(tokens, here)
+        arrive = start_exchange(rows, send, receive, self.group)
         owner = _local_experts(arriving)
-        there = order_by_expert(owner, arriving.shape[1], multiple=row_multiple(rows))
-        results = experts(spread(rows, there), there.counts)
-        results = results.index_select(0, there.place.flatten())
-        results = exchange_rows(results, receive, send, self.group)
-        return combine(results, here, expert_weights)
+        there = order_by_expert(owner, arriving.shape[1], multiple=row_multiple(tokens))
+
+        def collect() -> Tensor:
+            results = experts(spread(arrive(), there), there.counts)
+            results = results.index_select(0, there.place)
+            results = exchange_rows(results, receive, send, self.group)
+            return combine(results, expert_weights)
+
+        return collect
 
 
 def _local_experts(arriving: Int[Tensor, "ranks local_experts"]) -> Int[Tensor, "rows 1"]:

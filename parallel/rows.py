@@ -6,6 +6,7 @@ Every dispatcher uses these: the one of `train.model.moe.experts` on one rank, t
 
 # ruff: noqa: ANN401 - torch leaves the type of an autograd function's ctx open
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,14 +19,24 @@ from torch.autograd.function import once_differentiable
 
 @dataclass(frozen=True)
 class ExpertOrder:
-    """Where the rows of tokens stand when sorted by expert, and by token for one expert."""
+    """Where rows stand when sorted by expert, and by token for one expert.
+
+    A row belongs to a pair of a token and one of its experts; pairs are numbered by token.
+    """
 
     token: Int[Tensor, "places"]
     """Token of each place; 0 for padding."""
-    place: Int[Tensor, "tokens k"]
-    """Place of each of a token's rows."""
+    place: Int[Tensor, "pairs"]
+    """Place of each pair."""
+    start: Int[Tensor, "tokens"]
+    """First pair of each token."""
     counts: Int[Tensor, "experts"]
     """Places of each expert, its padding included, which comes last."""
+
+
+Permute = Callable[[Tensor, ExpertOrder], tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]]
+"""(tokens [tokens hidden], order) -> rows [places hidden], and what brings results back:
+(results [places hidden], weight of each pair) -> [tokens hidden]."""
 
 
 def order_by_expert(
@@ -47,9 +58,21 @@ def order_by_expert(
     place = torch.empty_like(order)
     place[order] = rows + (padding.cumsum(0) - padding)[chosen[order]]
     places = len(chosen) if multiple == 1 else len(chosen) + int(padding.sum())
+    k = expert_indices.shape[1]
     token = torch.zeros(places, dtype=torch.int64, device=chosen.device)
-    token[place] = rows // expert_indices.shape[1]
-    return ExpertOrder(token, place.view_as(expert_indices), counts + padding)
+    token[place] = rows // k
+    return ExpertOrder(token, place, rows[::k], counts + padding)
+
+
+def order_present_by_expert(
+    expert_indices: Int[Tensor, "tokens k"], num_experts: int, *, multiple: int = 1
+) -> ExpertOrder:
+    """`order_by_expert` where tokens differ in their number of experts: negative ones are none."""
+    present = expert_indices >= 0
+    pairs = order_by_expert(expert_indices[present].unsqueeze(1), num_experts, multiple=multiple)
+    of_token = present.sum(1)
+    token = present.nonzero()[:, 0]
+    return ExpertOrder(token[pairs.token], pairs.place, of_token.cumsum(0) - of_token, pairs.counts)
 
 
 def row_multiple(rows: Float[Tensor, "rows hidden"]) -> int:
@@ -59,6 +82,13 @@ def row_multiple(rows: Float[Tensor, "rows hidden"]) -> int:
     seen, which costs as much as 500 rows of width 256; with multiples of 32 it soon has seen all.
     """
     return 32 if rows.dtype == torch.bfloat16 and rows.device.type == "cpu" else 1
+
+
+def permute(
+    tokens: Float[Tensor, "tokens hidden"], order: ExpertOrder
+) -> tuple[Float[Tensor, "places hidden"], Callable[[Tensor, Tensor], Tensor]]:
+    """`spread` and `combine`: the reference kernel, see `parallel.backend.kernels`."""
+    return spread(tokens, order), lambda results, weights: combine(results, order, weights)
 
 
 def spread(
@@ -75,13 +105,13 @@ def spread(
 def combine(
     results: Float[Tensor, "places hidden"],
     order: ExpertOrder,
-    weights: Float[Tensor, "tokens k"],
+    weights: Float[Tensor, "tokens k"] | Float[Tensor, "pairs"],
 ) -> Float[Tensor, "tokens hidden"]:
     """Weighted sum of each token's results, in fp32 or wider, one after the other over k.
 
     The result has the type of `results`. Gradients of padding are 0.
     """
-    total: Tensor = _Combine.apply(results, weights, order)  # type: ignore[no-untyped-call]
+    total: Tensor = _Combine.apply(results, weights.flatten(), order)  # type: ignore[no-untyped-call]
     return total
 
 
@@ -90,13 +120,13 @@ class _Spread(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, order: ExpertOrder) -> Tensor:
-        ctx.place = order.place
+        ctx.order = order
         return tokens.index_select(0, order.token)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return F.embedding_bag(ctx.place, grad, mode="sum"), None
+        return F.embedding_bag(ctx.order.place, grad, ctx.order.start, mode="sum"), None
 
 
 class _Combine(torch.autograd.Function):
@@ -108,7 +138,11 @@ class _Combine(torch.autograd.Function):
         ctx.order = order
         wide = torch.promote_types(results.dtype, torch.float32)
         total = F.embedding_bag(
-            order.place, results.to(wide), mode="sum", per_sample_weights=weights.to(wide)
+            order.place,
+            results.to(wide),
+            order.start,
+            mode="sum",
+            per_sample_weights=weights.to(wide),
         )
         return total.to(results.dtype)
 
@@ -116,12 +150,12 @@ class _Combine(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         results, weights = ctx.saved_tensors
-        place, token = ctx.order.place.flatten(), ctx.order.token
+        place, token = ctx.order.place, ctx.order.token
         wide = torch.promote_types(results.dtype, torch.float32)
         rows = grad.to(wide).index_select(0, token)
         # Equal types first: products of mixed ones are several times as slow.
         products = (results.to(wide) * rows).sum(-1)
-        grad_weights = products.index_select(0, place).view_as(weights)
+        grad_weights = products.index_select(0, place)
         weight_of_place = rows.new_zeros(len(token), 1)
-        weight_of_place[place] = weights.to(wide).view(-1, 1)
+        weight_of_place[place] = weights.to(wide).unsqueeze(1)
         return rows.mul_(weight_of_place).to(results.dtype), grad_weights.to(weights.dtype), None

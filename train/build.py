@@ -14,6 +14,7 @@ from data.loader import vocab_size
 from data.tokenizer import decoded_tokens
 from parallel.apply import apply_parallelism
 from parallel.backend.base import Backend
+from parallel.backend.kernels import choose_kernels
 from parallel.backend.select import select_backend
 from parallel.initialize import fill_parameters
 from parallel.layout import ParallelLayout
@@ -79,7 +80,8 @@ def build(config: RunConfig) -> Training:
 
     Raises:
         ValueError: the layout does not fit the number of ranks that were started, the model's
-            vocabulary not the corpus, or the model's compiled parts not this machine.
+            vocabulary not the corpus, or the model's compiled parts or a kernel not this machine.
+        RuntimeError: a backend or kernel of the recipe cannot be used here.
     """
     if (tokens := vocab_size(config.data)) > config.model.vocab_size:
         raise ValueError(
@@ -96,6 +98,7 @@ def build(config: RunConfig) -> Training:
         )
     device = backend.device(int(os.environ["LOCAL_RANK"]))
     check_compiler(config.model, device)
+    choose_kernels(config.parallel, backend.device_type)  # refuses before the ranks meet
     backend.set_device(device)
     backend.init_process_group(config.parallel.timeout_seconds)
     backend.manual_seed(config.train.seed)

@@ -7,7 +7,7 @@ tolerance that lets this pass hides real errors.
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -20,12 +20,16 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.tensor import DTensor
 
 from parallel.apply import apply_parallelism, set_gradient_sync
-from parallel.config import ParallelConfig
+from parallel.config import KernelConfig, ParallelConfig
+from parallel.expert import AllToAllDispatcher
 from parallel.gradients import clip_by_global_norm
+from parallel.grouped import loop
 from parallel.layout import ParallelLayout
 from parallel.mesh import build_mesh
 from tests.distributed import toy
 from tests.harness import run_distributed
+from tests.unit.train.model.tiny import TINY
+from train.model.transformer import Transformer
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Case:
     num_experts: int = 4
     microbatches: int = 1
     reshard: bool = True
+    permute: Literal["auto", "megatron"] = "auto"
 
     @property
     def config(self) -> ParallelConfig:
@@ -42,6 +47,7 @@ class Case:
             data_parallel_size=self.data,
             expert_parallel_size=self.expert,
             reshard_after_forward=self.reshard,
+            kernels=KernelConfig(permute=self.permute),
         )
 
 
@@ -143,6 +149,29 @@ def test_every_layout_trains_as_one_rank(case: Case) -> None:
                 np.testing.assert_allclose(
                     got[name], value.numpy(), rtol=1e-9, atol=1e-9 * value.abs().max().item()
                 )
+
+
+# megatron-core warns while it is imported.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_the_kernels_of_the_recipe_are_used_and_train_as_one_rank() -> None:
+    import parallel.megatron_rows  # noqa: F401, PLC0415 - before the fork: it takes seconds
+
+    run_distributed(installed, 1)
+    test_every_layout_trains_as_one_rank(Case(2, expert=2, permute="megatron"))
+
+
+def installed(rank: int) -> None:
+    config = ParallelConfig(kernels=KernelConfig(permute="megatron", grouped_linear="loop"))
+    layout = ParallelLayout.from_config(config)
+    with torch.device("meta"):
+        model = Transformer(TINY)
+    types = {"param_dtype": torch.float32, "reduce_dtype": torch.float32}
+    apply_parallelism(model.parts(), layout, build_mesh(layout, "cpu"), config, **types)
+    assert model.moe_layers()
+    for moe in model.moe_layers():
+        assert isinstance(moe.dispatch, AllToAllDispatcher)
+        assert moe.dispatch.permute.__module__ == "parallel.megatron_rows"
+        assert moe.experts.grouped_linear is loop
 
 
 def bf16_types(rank: int) -> dict[str, Any]:

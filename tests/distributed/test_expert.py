@@ -65,7 +65,7 @@ def dispatched(rank: int, routing: str) -> dict[str, NDArray[Any]]:
     token.requires_grad_()
     weight.requires_grad_()
     dispatcher = AllToAllDispatcher(world(), EXPERTS)
-    output = dispatcher(token, index, weight, experts)
+    output = dispatcher(token, index, weight, experts)()
     torch.autograd.backward(loss_of(output))
     found = {"output": output.detach(), "tokens": token.grad, "weights": weight.grad}
     found |= {name: parameter.grad for name, parameter in experts.named_parameters()}
@@ -83,7 +83,7 @@ def test_dispatch_equals_all_experts_on_all_tokens(routing: str, world_size: int
     tokens.requires_grad_()
     weights.requires_grad_()
     experts = experts_with(slice(None))
-    output = dense_dispatch(tokens, indices, weights, experts)
+    output = dense_dispatch(tokens, indices, weights, experts)()
     torch.autograd.backward(loss_of(output))
     expected = {"output": output.detach(), "tokens": tokens.grad, "weights": weights.grad}
     expected |= {name: parameter.grad for name, parameter in experts.named_parameters()}
@@ -106,7 +106,7 @@ def bf16_sum(rank: int) -> list[float]:
     dispatcher = AllToAllDispatcher(world(), EXPERTS)
     tokens = torch.ones(1, 2, dtype=torch.bfloat16)
     indices, weights = torch.tensor([[3, 0, 1]]), torch.tensor([[32.0, 1.0, 0.5]])
-    output = dispatcher(tokens, indices, weights, Scale())
+    output = dispatcher(tokens, indices, weights, Scale())()
     assert output.dtype == torch.bfloat16
     return output[0].tolist()
 
@@ -128,7 +128,8 @@ def grouped(rank: int, dtype: torch.dtype) -> dict[str, NDArray[Any]]:
     indices, weights = torch.rand(40, 3).topk(K).indices, torch.rand(40, K)  # expert 3 is idle
     part = slice(0, 40) if dist.get_world_size() == 1 else slice(33 * rank, 33 + 7 * rank)
     token = tokens[part].requires_grad_()
-    output = AllToAllDispatcher(world(), EXPERTS)(token, indices[part], weights[part], experts)
+    dispatcher = AllToAllDispatcher(world(), EXPERTS)
+    output = dispatcher(token, indices[part], weights[part], experts)()
     torch.autograd.backward(output.float().square().sum())
     found = {"output": output, "tokens": token.grad}
     found |= {name: parameter.grad for name, parameter in experts.named_parameters()}

@@ -47,6 +47,49 @@ def test_the_quick_start_is_valid(nano: RunConfig) -> None:
             "use 1, 2 or 4, or train.global_batch_size=12 or 24",
         ),
         (
+            {
+                "parallel__expert_dispatcher": "deepep",
+                "parallel__expert_parallel_size": 1,
+                "train__dtype": "bf16",
+            },
+            "parallel.expert_dispatcher=deepep: nothing travels with parallel.expert_parallel_size=1",
+            "use a larger one, or parallel.expert_dispatcher=all_to_all",
+        ),
+        (
+            {
+                "parallel__expert_dispatcher": "deepep",
+                "parallel__expert_parallel_size": 2,
+                "train__dtype": "fp32",
+            },
+            "parallel.expert_dispatcher=deepep: sends bf16, not train.dtype=fp32",
+            "use train.dtype=bf16, or parallel.expert_dispatcher=all_to_all",
+        ),
+        (
+            {
+                "parallel__expert_dispatcher": "deepep",
+                "parallel__expert_parallel_size": 2,
+                "parallel__backend": "ascend",
+                "train__dtype": "bf16",
+            },
+            "parallel.expert_dispatcher=deepep: runs on cuda, not on parallel.backend=ascend",
+            "use cuda, or parallel.expert_dispatcher=all_to_all",
+        ),
+        (
+            {"parallel__kernels__grouped_linear": "grouped_mm", "train__dtype": "fp64"},
+            "parallel.kernels.grouped_linear=grouped_mm: torch has none for train.dtype=fp64",
+            "use auto, loop or train.dtype=fp32",
+        ),
+        (
+            {
+                "parallel__kernels__grouped_linear": "grouped_mm",
+                "model__moe__expert_intermediate_size": 36,
+                "train__dtype": "bf16",
+            },
+            "parallel.kernels.grouped_linear=grouped_mm: model.hidden_size=128 and "
+            "model.moe.expert_intermediate_size=36 must be multiples of 8",
+            "use such sizes, auto or loop",
+        ),
+        (
             {"data__num_lanes": 6},
             "data.num_lanes=6: must divide train.global_batch_size=16 and be a multiple",
             "use 4, 8, 16 or null",

@@ -1,24 +1,21 @@
 """The mixture-of-experts layer: router, dispatch, experts, shared expert; called by `block`."""
 
-from collections.abc import Callable
-
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from parallel.expert import Dispatcher
 from train.model.config import ModelConfig
 from train.model.ffn import FeedForward
 from train.model.moe.experts import Experts, LocalDispatcher
 from train.model.moe.router import HashRouter, Router, TopKRouter
 from train.model.tokens import Tokens
 
-Dispatch = Callable[[Tensor, Tensor, Tensor, nn.Module], Tensor]
-"""(tokens [tokens hidden], indices [tokens k], weights [tokens k], experts) -> [tokens hidden]."""
-
 
 class MoeLayer(nn.Module):
     """DeepSeekMoE: `sum_k w_k expert_k(x) + shared(x)` (arXiv 2412.19437, eq. 12).
 
-    `dispatch` may be replaced by one that exchanges tokens with other ranks.
+    `dispatch` may be replaced by one that exchanges tokens with other ranks: the shared expert is
+    computed while they travel, and its gradient while theirs do.
 
     Args:
         config: the model.
@@ -42,7 +39,7 @@ class MoeLayer(nn.Module):
             width = moe.num_shared_experts * moe.expert_intermediate_size
             # V4's published code clamps the routed experts only; the paper is silent.
             self.shared = FeedForward(hidden, width, limit=None)
-        self.dispatch: Dispatch = LocalDispatcher(moe.num_experts)
+        self.dispatch: Dispatcher = LocalDispatcher(moe.num_experts)
 
     def forward(
         self, x: Float[Tensor, "batch part hidden"], tokens: Tokens
@@ -50,9 +47,10 @@ class MoeLayer(nn.Module):
         """Route, apply the experts and add the shared expert."""
         indices, weights = self.router(x, tokens)
         rows = x.flatten(0, 1)
-        routed = self.dispatch(rows, indices.flatten(0, 1), weights.flatten(0, 1), self.experts)
-        out = routed.view(x.shape)
-        return out if self.shared is None else out + self.shared(x)
+        collect = self.dispatch(rows, indices.flatten(0, 1), weights.flatten(0, 1), self.experts)
+        shared = None if self.shared is None else self.shared(x)
+        routed = collect().view(x.shape)
+        return routed if shared is None else routed + shared
 
     @property
     def expert_bias(self) -> Float[Tensor, "experts"] | None:

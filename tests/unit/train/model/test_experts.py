@@ -1,10 +1,11 @@
 import pytest
 import torch
 
+from parallel.grouped import grouped_mm
 from tests.tokens import tokens_of
 from tests.unit.train.model.tiny import TINY, relative_error, with_changes
 from train.model.moe.config import MoeConfig
-from train.model.moe.experts import Experts, LocalDispatcher, grouped_linear
+from train.model.moe.experts import Experts, LocalDispatcher
 from train.model.moe.layer import MoeLayer
 
 CONFIG = MoeConfig(num_experts=5, num_experts_per_token=2, expert_intermediate_size=6)
@@ -33,7 +34,7 @@ def test_dispatch_is_the_weighted_sum_of_each_tokens_experts() -> None:
     indices = torch.tensor([[4, 0], [1, 4], [4, 3]]).repeat(3, 1)
     weights = torch.rand(9, 2, dtype=torch.float64, requires_grad=True)
     leaves = (tokens, weights, *made.parameters())
-    found = LocalDispatcher(5)(tokens, indices, weights, made)
+    found = LocalDispatcher(5)(tokens, indices, weights, made)()
     rows = [
         sum(weights[t, j] * one_expert(made, int(indices[t, j]), tokens[t]) for j in range(2))
         for t in range(9)
@@ -68,7 +69,7 @@ def test_grouped_products_equal_the_loop(
     # fp64 takes the loop.
     for leaves in ((rows, weights), (rows.double(), weights.double())):
         made = [leaf.requires_grad_() for leaf in leaves]
-        out = grouped_linear(*made, torch.tensor(counts))  # type: ignore[call-arg]
+        out = grouped_mm(*made, torch.tensor(counts))  # type: ignore[call-arg]
         # An expanded gradient, which torch's own backward refuses.
         results.append([out, *torch.autograd.grad(out.sum(), made)])
     for found, wanted in zip(*results, strict=True):
@@ -89,7 +90,7 @@ def test_padded_and_grouped_dispatch_equals_fp64(dtype: torch.dtype, bound: floa
     for kind in (dtype, torch.float64):
         made.to(kind)
         leaves = (tokens.to(kind).requires_grad_(), weights.clone().requires_grad_())
-        out = LocalDispatcher(5)(leaves[0], indices, leaves[1], made)
+        out = LocalDispatcher(5)(leaves[0], indices, leaves[1], made)()
         grads = torch.autograd.grad(out.square().sum(), (*leaves, *made.parameters()))
         results.append([out, *grads])
     for found, wanted in zip(*results, strict=True):
@@ -107,7 +108,7 @@ def test_layer_adds_the_shared_expert_and_takes_its_statistics(num_shared: int) 
     layer.balance_scale = 0.5
     found = layer(x, tokens_of(ids, ids))
     torch.autograd.backward(found.sum())
-    layer.dispatch = lambda tokens, *_: torch.zeros_like(tokens)
+    layer.dispatch = lambda tokens, *_: lambda: torch.zeros_like(tokens)
     shared = layer(x, tokens_of(ids, ids))
     if layer.shared is None:
         assert shared.abs().sum() == 0
