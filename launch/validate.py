@@ -14,7 +14,7 @@ from launch.schema import without
 from parallel.layout import ParallelLayout
 from parallel.runs import length_problem
 from train.config import RunConfig
-from train.model.rules import violations
+from train.model.rules import tensor_parallel_violations, violations
 from train.recipe import from_plain, to_plain
 from train.stages import phases, problems
 
@@ -143,6 +143,7 @@ def _number_of_processes(config: RunConfig, nproc: int) -> Problems:
 def _layout(config: RunConfig) -> Problems:
     layout = ParallelLayout.from_config(config.parallel)
     yield from layout.problems(config.model.moe.num_experts)
+    yield from tensor_parallel_violations(config.model, layout.tensor)
 
 
 def _sequences(config: RunConfig) -> Problems:

@@ -25,6 +25,7 @@ from train.model.config import ModelConfig
 from train.model.engram_hash import compress_vocabulary
 from train.model.initialize import fill_buffers, parameter_init
 from train.model.roles import parameter_roles
+from train.model.rules import tensor_parallel_violations
 from train.model.transformer import Transformer
 from train.optim.build import build_optimizer
 from train.optim.optimizers import Optimizers
@@ -79,8 +80,9 @@ def build(config: RunConfig) -> Training:
     whose values depend on the seed and the parameter's name, not on the layout.
 
     Raises:
-        ValueError: the layout does not fit the number of ranks that were started, the model's
-            vocabulary not the corpus, or the model's compiled parts or a kernel not this machine.
+        ValueError: the layout does not fit the model or the number of ranks that were started, the
+            model's vocabulary not the corpus, or the model's compiled parts or a kernel not this
+            machine.
         RuntimeError: a backend or kernel of the recipe cannot be used here.
     """
     if (tokens := vocab_size(config.data)) > config.model.vocab_size:
@@ -96,6 +98,8 @@ def build(config: RunConfig) -> Training:
             f"parallel: the sizes multiply to {layout.world_size} ranks, but {world_size} were "
             f"started; start {layout.world_size}"
         )
+    if found := tensor_parallel_violations(config.model, layout.tensor):
+        raise ValueError("\n".join(found))
     device = backend.device(int(os.environ["LOCAL_RANK"]))
     check_compiler(config.model, device)
     choose_kernels(config.parallel, backend.device_type)  # refuses before the ranks meet
