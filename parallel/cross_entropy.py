@@ -8,7 +8,7 @@ of the vocabulary. For a token with logits z, of which rank r holds z_r and the 
 
 # ruff: noqa: ANN401 - torch leaves the type of an autograd function's ctx open
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,6 +18,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from parallel.collectives import gather_ranks
+
+CrossEntropy = Callable[[Tensor, Tensor, dist.ProcessGroup | None], Tensor]
+"""(logits [batch queries vocab], labels [batch queries], group) -> a rank's share of the loss: see
+`summed_cross_entropy`, and `parallel.backend.kernels` for the others."""
 
 
 def summed_cross_entropy(

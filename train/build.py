@@ -16,6 +16,7 @@ from parallel.apply import apply_parallelism
 from parallel.backend.base import Backend
 from parallel.backend.kernels import choose_kernels
 from parallel.backend.select import select_backend
+from parallel.cross_entropy import CrossEntropy
 from parallel.initialize import fill_parameters
 from parallel.layout import ParallelLayout
 from parallel.mesh import Meshes, build_mesh
@@ -44,6 +45,7 @@ class Training:
     meshes: Meshes
     model: Transformer
     optimizer: Optimizers
+    cross_entropy: CrossEntropy
     data_rank: int
     """This rank's index among the ranks that see different sequences."""
     data_size: int
@@ -102,7 +104,7 @@ def build(config: RunConfig) -> Training:
         raise ValueError("\n".join(found))
     device = backend.device(int(os.environ["LOCAL_RANK"]))
     check_compiler(config.model, device)
-    choose_kernels(config.parallel, backend.device_type)  # refuses before the ranks meet
+    kernels = choose_kernels(config.parallel, backend.device_type)  # refuses before the ranks meet
     backend.set_device(device)
     backend.init_process_group(config.parallel.timeout_seconds)
     backend.manual_seed(config.train.seed)
@@ -123,6 +125,7 @@ def build(config: RunConfig) -> Training:
         meshes=meshes,
         model=model,
         optimizer=optimizer,
+        cross_entropy=kernels.cross_entropy,
         data_rank=layout.data_rank(dist.get_rank()),
         data_size=layout.data_parallel_size,
     )

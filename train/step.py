@@ -14,7 +14,6 @@ from torch import Tensor
 
 from data.loader import Batch
 from parallel.apply import set_gradient_sync
-from parallel.cross_entropy import summed_cross_entropy
 from parallel.gradients import clip_by_global_norm
 from train.build import Training
 from train.metrics import Record
@@ -129,11 +128,11 @@ def token_losses(training: Training, batch: Batch) -> Float[Tensor, "2"]:
         batch.input_ids.to(move), batch.position_ids.to(move), documents, images
     )
     part = split.of(labels.shape[1])
-    main = summed_cross_entropy(output.logits, part.take_queries(labels), split.tensor)
+    main = training.cross_entropy(output.logits, part.take_queries(labels), split.tensor)
     mtp = torch.zeros_like(main)
     for logits in output.mtp_logits:
         further = part.take_queries(mtp_labels(labels, documents))
-        mtp = mtp + summed_cross_entropy(logits, further, split.tensor)
+        mtp = mtp + training.cross_entropy(logits, further, split.tensor)
     return torch.stack([main, mtp])
 
 
