@@ -59,7 +59,7 @@ def train_rank(rank: int, config: RunConfig, overloaded: bool) -> list[dict[str,
         gradients.update({n: whole(p.grad) for n, p in parameters.items() if p.grad is not None})
         return clip_by_global_norm(parameters, *args, **kwargs)
 
-    train.step.clip_by_global_norm = look
+    vars(train.step)["clip_by_global_norm"] = look
     training = build(config)
     if overloaded:
         for moe in training.model.moe_layers():
