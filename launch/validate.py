@@ -14,7 +14,7 @@ from launch.schema import without
 from parallel.layout import ParallelLayout
 from parallel.runs import length_problem
 from train.config import RunConfig
-from train.model.rules import violations
+from train.model.rules import tensor_parallel_violations, violations
 from train.recipe import from_plain, to_plain
 from train.stages import phases, problems
 
@@ -143,6 +143,7 @@ def _number_of_processes(config: RunConfig, nproc: int) -> Problems:
 def _layout(config: RunConfig) -> Problems:
     layout = ParallelLayout.from_config(config.parallel)
     yield from layout.problems(config.model.moe.num_experts)
+    yield from tensor_parallel_violations(config.model, layout.tensor)
 
 
 def _sequences(config: RunConfig) -> Problems:
@@ -152,11 +153,13 @@ def _sequences(config: RunConfig) -> Problems:
     for index, stage in enumerate(config.train.stages):
         if stage.sequence_length:
             lengths[f"train.stages[{index}].sequence_length"] = stage.sequence_length
-    if config.model.attention == "v4_hybrid" and parallel.context_parallel_size > 1:
-        yield (
-            f"parallel.context_parallel_size={parallel.context_parallel_size}: this version does not "
-            "spread the sequences of model.attention=v4_hybrid; use 1, or model.attention=dsa"
-        )
+    shared = {"context": parallel.context_parallel_size, "tensor": parallel.tensor_parallel_size}
+    for axis, size in shared.items():
+        if config.model.attention == "v4_hybrid" and size > 1:
+            yield (
+                f"parallel.{axis}_parallel_size={size}: this version does not spread the sequences "
+                "of model.attention=v4_hybrid; use 1, or model.attention=dsa"
+            )
     for path, length in lengths.items():
         problem = length_problem(
             length,
@@ -184,6 +187,7 @@ def _kernels(config: RunConfig) -> Problems:
             yield f"{path}: sends bf16, not train.dtype={dtype}; use train.dtype=bf16, {other}"
         if parallel.backend not in ("auto", "cuda"):
             yield f"{path}: runs on cuda, not on parallel.backend={parallel.backend}; use cuda, {other}"
+    yield from _cross_entropy(config)
     if parallel.kernels.grouped_linear == "grouped_mm":
         path = "parallel.kernels.grouped_linear=grouped_mm"
         if dtype == "fp64":
@@ -196,6 +200,21 @@ def _kernels(config: RunConfig) -> Problems:
                 f"model.moe.expert_intermediate_size={width} must be multiples of {multiple}; use "
                 "such sizes, auto or loop"
             )
+
+
+def _cross_entropy(config: RunConfig) -> Problems:
+    wanted, tensor = config.parallel.kernels.cross_entropy, config.parallel.tensor_parallel_size
+    path, dtype = f"parallel.kernels.cross_entropy={wanted}", config.train.dtype
+    if wanted == "megatron" and dtype == "fp64":
+        yield f"{path}: computes in fp32, not in train.dtype=fp64; use reference or train.dtype=fp32"
+    if wanted == "megatron_fused" and dtype != "bf16":
+        yield f"{path}: its gradient is bf16, not train.dtype={dtype}; use reference or train.dtype=bf16"
+    if wanted == "megatron_fused" and tensor == 1:
+        yield (
+            f"{path}: for a vocabulary that is spread over ranks, and "
+            "parallel.tensor_parallel_size=1 keeps it whole; use reference, megatron or "
+            "parallel.tensor_parallel_size=2"
+        )
 
 
 def _model(config: RunConfig) -> Problems:

@@ -1,8 +1,9 @@
 """The one place where a model meets its layout; called by `train.build` on a meta-device model.
 
-The order is fixed: experts are cut over the expert-parallel ranks, dispatchers are put in, and last
-FSDP2 shards everything bottom-up. Parameters are stored as DTensors, so that checkpoints reshard by
-themselves, but the model computes on plain local tensors and knows nothing of ranks.
+The order is fixed: weights are cut over the tensor-parallel ranks and experts over the
+expert-parallel ones, dispatchers are put in, and last FSDP2 shards everything bottom-up. Parameters
+are stored as DTensors, so that checkpoints reshard by themselves, but the model computes on plain
+local tensors and knows nothing of ranks.
 
 Every rank's loss is the sum over its own tokens divided by the valid labels of the whole global
 batch, so every gradient reduction is a plain sum, for dense parameters and experts alike.
@@ -17,16 +18,17 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from parallel.backend.kernels import choose_kernels
 from parallel.config import ContextSplit, ParallelConfig
 from parallel.expert import Dispatcher
 from parallel.grouped import GroupedLinear
 from parallel.layout import ParallelLayout
+from parallel.local_tensors import cut_parameters
 from parallel.mesh import Meshes
 from parallel.prefetch import prefetch_parameters
 from parallel.sequence import SequenceSplit
+from parallel.tensor import LookupSite, VocabularyLookup
 from parallel.torch_compat import place_tensor_parallel
 
 
@@ -67,6 +69,12 @@ class ModelParts:
     """The layers that call the expert modules."""
     sequence_site: SequenceSite | None = None
     """None: the model computes whole sequences on every rank."""
+    column_parallel: Sequence[nn.Module] = ()
+    """Modules of whose own parameters each tensor-parallel rank holds some outputs (dim 0)."""
+    row_parallel: Sequence[nn.Module] = ()
+    """Modules of whose own parameters it holds some inputs (dim 1); their results are summands."""
+    embedding: LookupSite | None = None
+    """The embedding, if it is column-parallel."""
     fp32_modules: Sequence[Sequence[nn.Module]] = ()
     """Modules that keep their parameters as they are stored when the rest computes in bf16, for
     each block in the order of its forward pass. Each is used by calling it, once per pass."""
@@ -97,8 +105,11 @@ def apply_parallelism(
         RuntimeError: a kernel cannot be imported.
     """
     _check(parts, layout)
-    for module in parts.expert_modules:
-        _shard_experts(module, meshes.ep)
+    if layout.tensor > 1:
+        _share_weights(parts, meshes.tp)
+    for experts in parts.expert_modules:
+        for module in experts.modules():
+            cut_parameters(module, meshes.ep, dim=0)
     _install_kernels(parts, meshes.ep, config)
     if parts.sequence_site is not None:
         parts.sequence_site.split = sequence_split(meshes, config.context_split)
@@ -146,6 +157,15 @@ def _check(parts: ModelParts, layout: ParallelLayout) -> None:
         raise ValueError("\n".join(problems))
 
 
+def _share_weights(parts: ModelParts, tp: DeviceMesh) -> None:
+    """Keep this rank's piece of every column- and row-parallel weight."""
+    for dim, modules in enumerate((parts.column_parallel, parts.row_parallel)):
+        for module in modules:
+            cut_parameters(module, tp, dim)
+    if parts.embedding is not None:
+        parts.embedding.lookup = VocabularyLookup(tp.get_local_rank())
+
+
 def _install_kernels(parts: ModelParts, ep: DeviceMesh, config: ParallelConfig) -> None:
     """Give every layer the dispatcher of the recipe, and the experts their products."""
     kernels = choose_kernels(config, ep.device_type)
@@ -154,36 +174,6 @@ def _install_kernels(parts: ModelParts, ep: DeviceMesh, config: ParallelConfig) 
     for module in parts.expert_modules:
         if isinstance(module, GroupedExperts):
             module.grouped_linear = kernels.grouped_linear
-
-
-def _shard_experts(experts: nn.Module, ep: DeviceMesh) -> None:
-    """Keep this rank's experts only, as DTensors sharded on dim 0."""
-    for module in experts.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            local = distribute_tensor(parameter.data, ep, [Shard(0)], src_data_rank=None)
-            replacement = nn.Parameter(local, requires_grad=parameter.requires_grad)
-            module.register_parameter(name, replacement)
-        _compute_on_local_tensors(module)
-
-
-def _compute_on_local_tensors(module: nn.Module) -> None:
-    """During `module.forward`, let `self.<parameter>` be the local tensor of a DTensor.
-
-    `nn.Module` looks a name up among parameters only when the instance has no attribute of that
-    name; FSDP2 exchanges the registered parameters and does not notice.
-    """
-
-    def show(module: nn.Module, args: object) -> None:
-        for name, parameter in module.named_parameters(recurse=False):
-            if isinstance(parameter, DTensor):
-                module.__dict__[name] = parameter.to_local()
-
-    def hide(module: nn.Module, args: object, output: object) -> None:
-        for name, _ in module.named_parameters(recurse=False):
-            module.__dict__.pop(name, None)
-
-    module.register_forward_pre_hook(show)
-    module.register_forward_hook(hide, always_call=True)
 
 
 def _shard(

@@ -221,6 +221,18 @@ def _reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return piece.transpose(0, 1).contiguous()
 
 
+def gather_ranks(
+    value: Shaped[Tensor, "*shape"], group: dist.ProcessGroup
+) -> Shaped[Tensor, "ranks *shape"]:
+    """Every rank's `value`, without gradient.
+
+    Communication: an all-gather over `group`.
+    """
+    gathered = value.new_empty((group.size(), *value.shape))
+    dist.all_gather_single(gathered.flatten(), value.detach().flatten(), group=group)
+    return gathered
+
+
 def sum_over(value: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """Sum of every rank's `value`, without gradient, in its dtype; `value` stays as it is.
 

@@ -20,6 +20,9 @@ class KernelConfig:
     device-neutral one of megatron-core, whose gradient is less exact in bf16."""
     grouped_linear: Literal["auto", "grouped_mm", "loop"] = "auto"
     """Products with the experts' weights: one grouped product of torch, or one for each expert."""
+    cross_entropy: Literal["auto", "reference", "megatron", "megatron_fused"] = "auto"
+    """Loss: ours, which keeps no fp32 logits, or megatron-core's in fp32, as its operations or compiled
+    (`megatron_fused`: bf16 and tensor parallelism only)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 
 import torch
-import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -16,11 +15,12 @@ def clip_by_global_norm(
     parameters: Mapping[str, Tensor],
     max_norm: float,
     *,
+    stage_size: int,
     sum_dtype: torch.dtype = torch.float64,
 ) -> Float[Tensor, ""]:
     """Scale all gradients down, in place, so that their global L2 norm is at most `max_norm`.
 
-        |g|^2 = sum over ranks and parameters of |g_local|^2 / (ranks that hold the same shard)
+        |g|^2 = sum over ranks and parameters of |g_local|^2 / (ranks that hold the same piece)
 
     torch's own clipping refuses parameters on different meshes. A norm that is not finite makes all
     gradients so: look at the result before the optimizer does.
@@ -30,6 +30,7 @@ def clip_by_global_norm(
     Args:
         parameters: those of this rank by name, after backward, gradients summed over ranks.
         max_norm: bound of the norm.
+        stage_size: ranks of a pipeline stage; those of other stages have other parameters.
         sum_dtype: type of the sum; fp32 where the device has no fp64.
 
     Returns:
@@ -46,7 +47,7 @@ def clip_by_global_norm(
     for gradient in gradients:
         local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
         norm = torch.linalg.vector_norm(local, dtype=sum_dtype)
-        square += norm.square() / replicas(gradient)
+        square += norm.square() / replicas(gradient, stage_size)
     # Missing gradients travel along, so that all ranks fail together and none waits for another.
     total, num_missing = sum_over(torch.stack([square, square.new_tensor(len(missing))]))
     if num_missing.item():
@@ -62,12 +63,12 @@ def clip_by_global_norm(
     return norm
 
 
-def replicas(gradient: Tensor) -> int:
-    """Ranks of the world that hold the same local part of a gradient."""
-    copies = dist.get_world_size()
+def replicas(gradient: Tensor, stage_size: int) -> int:
+    """Ranks of the pipeline stage that hold the same local part of a gradient."""
+    pieces = 1
     if isinstance(gradient, DTensor):
         for size, placement in zip(gradient.device_mesh.shape, gradient.placements, strict=True):
             assert not placement.is_partial(), "the gradient is not summed over ranks yet"
             if not placement.is_replicate():
-                copies //= size
-    return copies
+                pieces *= size
+    return stage_size // pieces

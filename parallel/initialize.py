@@ -2,12 +2,12 @@
 
 `train.model.initialize` says what each parameter starts as; `train.build` fills the shards. A normal
 value is a pure function of (seed, parameter name, flat index in the whole parameter), so each rank
-computes just the rows that it owns, and all layouts start from the same model, bit by bit.
+computes just the rows that it has a part of, and all layouts start from the same model, bit by bit.
 """
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,6 +20,8 @@ from torch.distributed.tensor import DTensor
 _PAGE = 4096
 """Values are computed in whole pages of this many: a vectorised function may round the odd
 elements at the end of an array differently, and where an array ends depends on the layout."""
+_BLOCK = 1 << 22
+"""Values that are held at a time (at least one row), in fp64."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +57,7 @@ def fill_parameters(
     """Write the start values into the local part of every parameter, in place.
 
     Args:
-        named_parameters: plain tensors or DTensors sharded on dim 0, off the meta device.
+        named_parameters: plain tensors or DTensors, off the meta device.
         inits: what each starts as, by name.
         seed: any non-negative integer.
 
@@ -70,33 +72,51 @@ def fill_parameters(
         if init.kind == "constant":
             local.fill_(init.value)
             continue
-        rows = owned_rows(parameter)
-        assert len(rows) == (len(local) if local.ndim else 1), f"{name}: {rows}, {local.shape}"
-        if init.values is not None:
-            if init.values.shape != parameter.shape:
-                raise ValueError(
-                    f"{name}: explicit values have shape {tuple(init.values.shape)}, the parameter "
-                    f"{tuple(parameter.shape)}; give one value per element"
-                )
-            values = init.values.view(-1, *local.shape[1:])[rows.start : rows.stop]
-        else:
-            width = math.prod(parameter.shape[1:])
-            values = init.value * standard_normal(seed, name, rows.start * width, rows.stop * width)
-        local.copy_(values.reshape(local.shape))
+        held = held_part(parameter)
+        assert tuple(map(len, held)) == (*local.shape,), f"{name}: {held}, {local.shape}"
+        if init.values is None:
+            _fill_normal(local, held, parameter.shape, init.value, (seed, name))
+            continue
+        if init.values.shape != parameter.shape:
+            raise ValueError(
+                f"{name}: explicit values have shape {tuple(init.values.shape)}, the parameter "
+                f"{tuple(parameter.shape)}; give one value per element"
+            )
+        local.copy_(init.values[tuple(slice(part.start, part.stop) for part in held)])
 
 
-def owned_rows(parameter: Tensor) -> range:
-    """Rows (indices of dim 0) of the whole parameter that this rank holds.
+def _fill_normal(
+    local: Tensor,
+    held: tuple[range, ...],
+    shape: Sequence[int],
+    std: float,
+    key: tuple[int, str],
+) -> None:
+    """Write some rows at a time; of a parameter that is cut along other dims, too, whole ones are made."""
+    rows, *inner = held or (range(1),)
+    local = local.view(len(rows), *local.shape[1:])
+    width = math.prod(shape[1:])
+    at_once = max(1, _BLOCK // width)
+    for first in range(0, len(rows), at_once):
+        block = rows[first : first + at_once]
+        values = std * standard_normal(*key, block.start * width, block.stop * width)
+        whole = values.view(len(block), *shape[1:])
+        piece = whole[(slice(None), *(slice(part.start, part.stop) for part in inner))]
+        local[first : first + len(block)] = piece
+
+
+def held_part(parameter: Tensor) -> tuple[range, ...]:
+    """Indices of each dim of the whole parameter that this rank holds.
 
     A parameter is cut by the innermost mesh axis first and FSDP's axis, the outermost, last; each
-    cut is that of `torch.chunk`, so late ranks may get fewer rows or none.
+    cut is that of `torch.chunk`, so late ranks may get fewer indices or none.
 
     Args:
-        parameter: a plain tensor, or a DTensor whose every placement shards dim 0 or replicates.
+        parameter: a plain tensor, or a DTensor whose every placement shards a dim or replicates.
     """
-    rows = range(parameter.shape[0] if parameter.ndim else 1)
+    held = [range(size) for size in parameter.shape]
     if not isinstance(parameter, DTensor):
-        return rows
+        return tuple(held)
     mesh = parameter.device_mesh
     coordinate = mesh.get_coordinate()
     assert coordinate is not None, "this rank is not on the parameter's mesh"
@@ -105,10 +125,11 @@ def owned_rows(parameter: Tensor) -> range:
         if placement.is_replicate():
             continue
         # FSDP's placement next to another one is a private class that also has `dim`.
-        assert getattr(placement, "dim", None) == 0, f"{placement} is not a sharding of dim 0"
-        size = math.ceil(len(rows) / mesh.size(axis))
-        rows = rows[coordinate[axis] * size : (coordinate[axis] + 1) * size]
-    return rows
+        dim = getattr(placement, "dim", None)
+        assert isinstance(dim, int), f"{placement} is not a sharding"
+        size = math.ceil(len(held[dim]) / mesh.size(axis))
+        held[dim] = held[dim][coordinate[axis] * size : (coordinate[axis] + 1) * size]
+    return tuple(held)
 
 
 def standard_normal(seed: int, name: str, start: int, stop: int) -> Float[Tensor, "elements"]:

@@ -18,6 +18,10 @@ class Meshes:
     """Meshes of the groups that this rank belongs to; one-dimensional unless said otherwise."""
 
     world: DeviceMesh
+    dense: DeviceMesh
+    """(pp, dp_replicate, dp_shard, cp, tp)."""
+    experts: DeviceMesh
+    """The same ranks as (expert_pp, expert_edp, expert_ep)."""
     pp: DeviceMesh
     tp: DeviceMesh
     cp: DeviceMesh
@@ -75,6 +79,8 @@ def build_mesh(layout: ParallelLayout, device_type: str) -> Meshes:
         expert_shard = by_expert["expert_copies", "expert_shard"]
     return Meshes(
         world=world,
+        dense=dense,
+        experts=expert,
         pp=dense["pp"],
         # FSDP2 joins this one with `tensor_shard`, so both come from the same cut.
         tp=by_tensor["tensor_tp"],

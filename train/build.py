@@ -16,6 +16,7 @@ from parallel.apply import apply_parallelism
 from parallel.backend.base import Backend
 from parallel.backend.kernels import choose_kernels
 from parallel.backend.select import select_backend
+from parallel.cross_entropy import CrossEntropy
 from parallel.initialize import fill_parameters
 from parallel.layout import ParallelLayout
 from parallel.mesh import Meshes, build_mesh
@@ -25,6 +26,7 @@ from train.model.config import ModelConfig
 from train.model.engram_hash import compress_vocabulary
 from train.model.initialize import fill_buffers, parameter_init
 from train.model.roles import parameter_roles
+from train.model.rules import tensor_parallel_violations
 from train.model.transformer import Transformer
 from train.optim.build import build_optimizer
 from train.optim.optimizers import Optimizers
@@ -43,6 +45,7 @@ class Training:
     meshes: Meshes
     model: Transformer
     optimizer: Optimizers
+    cross_entropy: CrossEntropy
     data_rank: int
     """This rank's index among the ranks that see different sequences."""
     data_size: int
@@ -79,8 +82,9 @@ def build(config: RunConfig) -> Training:
     whose values depend on the seed and the parameter's name, not on the layout.
 
     Raises:
-        ValueError: the layout does not fit the number of ranks that were started, the model's
-            vocabulary not the corpus, or the model's compiled parts or a kernel not this machine.
+        ValueError: the layout does not fit the model or the number of ranks that were started, the
+            model's vocabulary not the corpus, or the model's compiled parts or a kernel not this
+            machine.
         RuntimeError: a backend or kernel of the recipe cannot be used here.
     """
     if (tokens := vocab_size(config.data)) > config.model.vocab_size:
@@ -96,9 +100,11 @@ def build(config: RunConfig) -> Training:
             f"parallel: the sizes multiply to {layout.world_size} ranks, but {world_size} were "
             f"started; start {layout.world_size}"
         )
+    if found := tensor_parallel_violations(config.model, layout.tensor):
+        raise ValueError("\n".join(found))
     device = backend.device(int(os.environ["LOCAL_RANK"]))
     check_compiler(config.model, device)
-    choose_kernels(config.parallel, backend.device_type)  # refuses before the ranks meet
+    kernels = choose_kernels(config.parallel, backend.device_type)  # refuses before the ranks meet
     backend.set_device(device)
     backend.init_process_group(config.parallel.timeout_seconds)
     backend.manual_seed(config.train.seed)
@@ -119,6 +125,7 @@ def build(config: RunConfig) -> Training:
         meshes=meshes,
         model=model,
         optimizer=optimizer,
+        cross_entropy=kernels.cross_entropy,
         data_rank=layout.data_rank(dist.get_rank()),
         data_size=layout.data_parallel_size,
     )

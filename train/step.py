@@ -16,7 +16,6 @@ from data.loader import Batch
 from parallel.apply import set_gradient_sync
 from parallel.gradients import clip_by_global_norm
 from train.build import Training
-from train.loss import summed_cross_entropy
 from train.metrics import Record
 from train.model.mtp import mtp_labels
 from train.model.multimodal.placeholders import check_images
@@ -56,7 +55,10 @@ def train_step(training: Training, batch: Batch, step: int) -> Record:
     sums[2] = sum(moe.take_balance_loss() for moe in model.moe_layers())
     dist.all_reduce(sums)
     gradient_norm = clip_by_global_norm(
-        dict(model.named_parameters()), config.optim.max_grad_norm, sum_dtype=training.sum_dtype
+        dict(model.named_parameters()),
+        config.optim.max_grad_norm,
+        stage_size=training.meshes.stage.size(),
+        sum_dtype=training.sum_dtype,
     ).item()
     loss_main, loss_mtp, loss_balance = sums.tolist()
     indexing = reduce_indexer_sums(training, tokens)
@@ -115,21 +117,22 @@ def split(batch: Batch, size: int) -> list[Batch]:
 
 
 def token_losses(training: Training, batch: Batch) -> Float[Tensor, "2"]:
-    """Summed cross-entropy of one microbatch: next token, and the token after it (0 without MTP).
+    """This rank's share of the summed cross-entropy of one microbatch.
 
-    Of this rank's part of each sequence; the sums of the ranks that share them add up.
+    Of the next token, and of the token after it (0 without MTP); the shares of all ranks add up.
     """
-    move = training.device
+    move, split = training.device, training.model.split
     labels, documents = batch.labels.to(move), batch.document_ids.to(move)
     images = None if batch.vision is None else batch.vision.to(move)
     output = training.model(
         batch.input_ids.to(move), batch.position_ids.to(move), documents, images
     )
-    part = training.model.split.of(labels.shape[1])
-    main = summed_cross_entropy(output.logits, part.take(labels))
+    part = split.of(labels.shape[1])
+    main = training.cross_entropy(output.logits, part.take_queries(labels), split.tensor)
     mtp = torch.zeros_like(main)
     for logits in output.mtp_logits:
-        mtp = mtp + summed_cross_entropy(logits, part.take(mtp_labels(labels, documents)))
+        further = part.take_queries(mtp_labels(labels, documents))
+        mtp = mtp + training.cross_entropy(logits, further, split.tensor)
     return torch.stack([main, mtp])
 
 

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from parallel.config import ParallelConfig
+from parallel.cross_entropy import CrossEntropy
 from parallel.expert import DispatcherKind
 from parallel.grouped import GroupedLinear
 from parallel.rows import Permute
@@ -44,6 +45,15 @@ KERNELS: Mapping[str, Mapping[str, Implementation]] = MappingProxyType(
             "reference": Implementation(location="parallel.rows:permute"),
             "megatron": Implementation(location="parallel.megatron_rows:permute", by_default=False),
         },
+        "kernels.cross_entropy": {
+            "reference": Implementation(location="parallel.cross_entropy:summed_cross_entropy"),
+            "megatron": Implementation(
+                location="parallel.megatron_cross_entropy:summed_cross_entropy", by_default=False
+            ),
+            "megatron_fused": Implementation(
+                location="parallel.megatron_cross_entropy:fused_cross_entropy", by_default=False
+            ),
+        },
         "kernels.grouped_linear": {
             "grouped_mm": Implementation(
                 location="parallel.grouped:grouped_mm", devices=frozenset({"cpu", "cuda"})
@@ -62,6 +72,7 @@ class Kernels:
     dispatcher: DispatcherKind
     permute: Permute
     grouped_linear: GroupedLinear
+    cross_entropy: CrossEntropy
 
 
 def choose_kernels(config: ParallelConfig, device_type: str) -> Kernels:
@@ -79,6 +90,7 @@ def choose_kernels(config: ParallelConfig, device_type: str) -> Kernels:
         dispatcher=choose("expert_dispatcher", config.expert_dispatcher, device_type),
         permute=choose("kernels.permute", config.kernels.permute, device_type),
         grouped_linear=choose("kernels.grouped_linear", config.kernels.grouped_linear, device_type),
+        cross_entropy=choose("kernels.cross_entropy", config.kernels.cross_entropy, device_type),
     )
 
 

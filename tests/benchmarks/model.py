@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from launch.bench import Row
+from parallel.cross_entropy import summed_cross_entropy
 from tests.parity.test_model_v3 import transformers_model
 from tests.unit.train.model.tiny import build
-from train.loss import summed_cross_entropy
 from train.model.attention.config import MlaConfig
 from train.model.config import ModelConfig
 from train.model.moe.config import MoeConfig

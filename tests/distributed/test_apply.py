@@ -117,7 +117,9 @@ def train(rank: int, case: Case, dtype: torch.dtype, param_dtype: torch.dtype) -
         dist.all_reduce(loss)
         trace["losses"].append(loss.item())
         trace["gradients"].append(whole(gradients(model)))
-        norm = clip_by_global_norm(dict(model.named_parameters()), toy.MAX_NORM)
+        norm = clip_by_global_norm(
+            dict(model.named_parameters()), toy.MAX_NORM, stage_size=case.data
+        )
         trace["norms"].append(norm.item())
         optimizer.step()
         optimizer.zero_grad()

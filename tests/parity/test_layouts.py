@@ -69,14 +69,13 @@ def train_rank(rank: int, config: RunConfig) -> list[dict[str, Any]]:
     # The harness has joined the process group already.
     CpuBackend.init_process_group = lambda self, timeout_seconds: None  # type: ignore[method-assign]
     training = build(config)
-    size = config.parallel.data_parallel_size
     batches = build_loader(
         config.data,
         split="train",
         seed=0,
         global_batch_size=8,
         data_rank=training.data_rank,
-        data_size=size,
+        data_size=training.data_size,
     )
     found = []
     for step in range(1, STEPS + 1):

@@ -44,7 +44,7 @@ def batches_of(training: Training) -> Iterator[tuple[Batch, dict[str, str]]]:
         seed=0,
         global_batch_size=8,
         data_rank=training.data_rank,
-        data_size=training.config.parallel.data_parallel_size,
+        data_size=training.data_size,
     )
 
 

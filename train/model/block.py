@@ -1,7 +1,8 @@
 """One transformer block: memory, attention, feed-forward; called by `transformer` and `mtp`."""
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from train.model.attention.compressed import HybridAttention
@@ -66,10 +67,16 @@ class Block(nn.Module):
         output = self.attention(self.attention_norm(hidden), tokens)
         streams = self.attention_site.write(output, maps)
         hidden, maps = self.ffn_site(streams)
-        normalised = self.ffn_norm(hidden)
-        moe = isinstance(self.ffn, MoeLayer)
-        output = self.ffn(normalised, tokens) if moe else self.ffn(normalised)
-        return self.ffn_site.write(output, maps)
+        return self.ffn_site.write(self._feed_forward(self.ffn_norm(hidden), tokens), maps)
+
+    def _feed_forward(
+        self, x: Float[Tensor, "batch part hidden"], tokens: Tokens
+    ) -> Float[Tensor, "batch part hidden"]:
+        """A rank computes its own tokens with experts, and its channels of all queries without."""
+        if isinstance(self.ffn, MoeLayer):
+            output: Tensor = self.ffn(x, tokens)
+            return output
+        return tokens.part.scatter_queries(self.ffn(tokens.part.gather_queries(x)))
 
 
 def build_attention(

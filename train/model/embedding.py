@@ -3,6 +3,8 @@
 They are two parameters (untied), as in DeepSeek-V3. MTP shares both; it is handed the results.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -10,15 +12,19 @@ from torch import Tensor, nn
 
 
 class TokenEmbedding(nn.Module):
-    """One row of `hidden_size` numbers per token of the vocabulary."""
+    """One row of `hidden_size` numbers per token of the vocabulary.
+
+    `lookup` may be replaced by one that knows which rows are on this rank.
+    """
 
     def __init__(self, vocab_size: int, hidden_size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
+        self.lookup: Callable[[Tensor, Tensor], Tensor] = F.embedding
 
     def forward(self, input_ids: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq hidden"]:
         """Look the rows up."""
-        return F.embedding(input_ids, self.weight)
+        return self.lookup(input_ids, self.weight)
 
 
 class OutputHead(nn.Module):

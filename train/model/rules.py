@@ -3,6 +3,7 @@
 One small function a rule; each yields lines `path=value: rule; what to type instead`. No torch.
 """
 
+import math
 from collections.abc import Callable, Iterator
 
 from train.model.attention.config import YarnConfig
@@ -17,6 +18,35 @@ def violations(config: ModelConfig) -> list[str]:
     The sizes must be positive already.
     """
     return [problem for rule in _RULES for problem in rule(config)]
+
+
+def tensor_parallel_violations(config: ModelConfig, size: int) -> list[str]:
+    """What of a model cannot be shared by `size` tensor-parallel ranks; empty if all can."""
+    return list(_tensor_parallel(config, size))
+
+
+def _tensor_parallel(config: ModelConfig, size: int) -> Problems:
+    counts = {"model.num_attention_heads": config.num_attention_heads}
+    if config.attention == "v4_hybrid":
+        counts["model.compressed.output_groups"] = config.compressed.output_groups
+    common = math.gcd(*counts.values())
+    if common % size:
+        legal = [n for n in range(1, common + 1) if common % n == 0]
+        yield (
+            f"parallel.tensor_parallel_size={size}: must divide "
+            f"{' and '.join(f'{path}={count}' for path, count in counts.items())}; use "
+            f"{_either(legal)}"
+        )
+    widths = {"model.vocab_size": config.vocab_size}
+    if config.num_dense_layers:
+        widths["model.intermediate_size"] = config.intermediate_size
+    for path, width in widths.items():
+        if width % size:
+            below = width - width % size
+            yield (
+                f"{path}={width}: must be a multiple of parallel.tensor_parallel_size={size}; use "
+                f"{_either([n for n in (below, below + size) if n])}"
+            )
 
 
 def _attention(config: ModelConfig) -> Problems:
@@ -235,6 +265,12 @@ _RULES: list[Callable[[ModelConfig], Problems]] = [
     _engram,
     _vision,
 ]
+
+
+def _either(values: list[int]) -> str:
+    """Values for a sentence: `1`, `1 or 2`, `1, 2 or 4`."""
+    *first, last = map(str, values)
+    return f"{', '.join(first)} or {last}" if first else last
 
 
 def _brackets(values: list[int]) -> str:

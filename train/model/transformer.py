@@ -2,7 +2,7 @@
 
 Reads like the papers and knows no ranks. Parallelism is applied from outside to what `parts()`
 names; where communication cannot be avoided an attribute is replaced: `Transformer.split`,
-`MoeLayer.dispatch` and `Engram.lookup`.
+`TokenEmbedding.lookup`, `MoeLayer.dispatch` and `Engram.lookup`.
 """
 
 from dataclasses import dataclass
@@ -32,16 +32,17 @@ from train.model.residual import build_read_out
 from train.model.rotary import axis_positions
 from train.model.rules import violations
 from train.model.streams import expand_streams, num_streams
+from train.model.tensor_parallel import column_parallel, row_parallel
 from train.model.tokens import Tokens
 
 
 @dataclass(frozen=True)
 class TransformerOutput:
-    """Logits at every position."""
+    """Logits at the places of this rank's queries, of the tokens that its head holds."""
 
-    logits: Float[Tensor, "batch seq vocab"]
+    logits: Float[Tensor, "batch queries vocab"]
     """Of token t+1 at position t."""
-    mtp_logits: tuple[Float[Tensor, "batch seq vocab"], ...] = ()
+    mtp_logits: tuple[Float[Tensor, "batch queries vocab"], ...] = ()
     """Of token t+2 at position t; empty without MTP. See `train.model.mtp.mtp_labels`."""
 
 
@@ -107,13 +108,13 @@ class Transformer(nn.Module):
             streams = layer(streams, tokens)
         streams = streams.without_segment()
         hidden = self.read_out(streams)
-        logits = self.head(self.norm(hidden))
+        logits = self.head(part.gather_queries(self.norm(hidden)))
         mtp_logits = []
         for module in self.mtp:
             tokens = tokens.next()
             rows = None if rows is None else rows.next(document_ids)
             predicted = module(hidden, streams, self._embed(tokens, rows), tokens)
-            mtp_logits.append(self.head(predicted))
+            mtp_logits.append(self.head(part.gather_queries(predicted)))
         return TransformerOutput(logits, tuple(mtp_logits))
 
     def _rows(
@@ -137,8 +138,9 @@ class Transformer(nn.Module):
 
     def _embed(self, tokens: Tokens, rows: PlacedRows | None) -> Float[Tensor, "batch part hidden"]:
         """Vectors of this rank's tokens, those of placeholders from the images."""
-        embedding: Tensor = self.embedding(tokens.part.take(tokens.input_ids))
-        return embedding if rows is None else rows.replace_in(embedding, tokens.part)
+        part = tokens.part
+        embedding = part.scatter_queries(self.embedding(part.take_queries(tokens.input_ids)))
+        return embedding if rows is None else rows.replace_in(embedding, part)
 
     def recompute(self, kind: Recompute) -> None:
         """Say what the backward pass computes again: see `TrainConfig.recompute`."""
@@ -213,6 +215,9 @@ class Transformer(nn.Module):
             expert_modules=[moe.experts for moe in self.moe_layers()],
             dispatch_sites=list(self.moe_layers()),
             sequence_site=self,
+            column_parallel=[self.embedding, self.head, *column_parallel(self.blocks())],
+            row_parallel=list(row_parallel(self.blocks())),
+            embedding=self.embedding,
             fp32_modules=[
                 *(group for block in self.blocks() if (group := _fp32_modules(block))),
                 *([module] for module in self.modules() if isinstance(module, GatedReadOut)),

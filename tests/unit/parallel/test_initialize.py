@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallel.initialize import Init, fill_parameters, owned_rows, standard_normal
+from parallel.initialize import Init, fill_parameters, held_part, standard_normal
 
 
 def test_any_slice_equals_the_whole() -> None:
@@ -83,5 +83,5 @@ def test_a_missing_rule_and_a_wrong_shape_are_named() -> None:
 
 
 def test_a_plain_tensor_is_owned_whole() -> None:
-    assert owned_rows(torch.empty(7, 2)) == range(7)
-    assert owned_rows(torch.empty(())) == range(1)
+    assert held_part(torch.empty(7, 2)) == (range(7), range(2))
+    assert held_part(torch.empty(())) == ()

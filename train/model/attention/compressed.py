@@ -103,14 +103,14 @@ class GroupedLinear(nn.Linear):
 
     def __init__(self, groups: int, group_width: int, group_rank: int) -> None:
         super().__init__(group_width, groups * group_rank, bias=False)
-        self.groups = groups
+        self.groups, self.group_rank = groups, group_rank
 
     def forward(
         self, x: Float[Tensor, "batch seq heads head_dim"]
     ) -> Float[Tensor, "batch seq out"]:
-        """Project every group."""
-        grouped = x.reshape(*x.shape[:2], self.groups, -1)
-        weight = self.weight.view(self.groups, -1, self.in_features)
+        """Project every group, of those that this rank holds."""
+        weight = self.weight.view(-1, self.group_rank, self.in_features)
+        grouped = x.reshape(*x.shape[:2], len(weight), -1)
         return torch.einsum("bsgi,goi->bsgo", grouped, weight).flatten(2)
 
 

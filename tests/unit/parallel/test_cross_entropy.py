@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from parallel import cross_entropy
+from parallel.cross_entropy import summed_cross_entropy
 from tests.unit.train.model.tiny import relative_error
-from train import loss
-from train.loss import summed_cross_entropy
 
 
 def several_chunks(logits: torch.Tensor) -> Any:
@@ -19,7 +19,7 @@ def several_chunks(logits: torch.Tensor) -> Any:
 def test_loss_and_gradient_equal_torch(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, bound: float
 ) -> None:
-    monkeypatch.setattr(loss, "_chunks", several_chunks)
+    monkeypatch.setattr(cross_entropy, "_chunks", several_chunks)
     torch.manual_seed(0)
     logits = (30 * torch.randn(2, 9, 50)).to(dtype).requires_grad_()
     labels = torch.randint(0, 50, (2, 9))

@@ -1,0 +1,173 @@
+"""Weights that are cut over tensor-parallel ranks: the numbers of one rank that has them, in fp64.
+
+Each run compares losses, gradient norms, every gathered gradient and the parameters after each step.
+Gradients are of two kinds: of weights that are cut, and of those that every rank uses on its own
+tokens.
+"""
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from torch import Tensor
+
+import train.step
+from data.loader import build_loader
+from parallel.backend.cpu import CpuBackend
+from parallel.config import ParallelConfig
+from parallel.gradients import clip_by_global_norm
+from tests.harness import run_distributed
+from tests.parity.test_layouts import recipe, whole
+from train.build import build
+from train.config import RunConfig
+from train.evaluate import evaluate
+from train.model.attention.config import IndexerConfig, MlaConfig
+from train.step import train_step
+
+STEPS = 2
+SIZES = [field.name for field in fields(ParallelConfig) if field.name.endswith("_size")]
+LOSSES = ("loss", "loss_main", "loss_mtp", "loss_balance", "grad_norm", "validation/loss")
+MODELS = ("mhc", "hc", "plain", "single_pass", "dsa", "two_experts", "hash", "no_query_rank")
+"""mhc, dsa and those after it: MLA, Engram, MTP and mHC unless the name says otherwise."""
+
+
+def config_of(corpus: Path, model: str, parallel: ParallelConfig, micro: int = 4) -> RunConfig:
+    residual = {"hc": "hc", "plain": "plain", "single_pass": "mhc_single_pass"}.get(model, "mhc")
+    config = recipe(corpus, residual, 1, 1, micro)
+    changed = config.model
+    if model == "dsa":
+        indexer = IndexerConfig(num_heads=2, head_dim=16, top_k=2, stage="sparse", loss_weight=0.7)
+        changed = replace(changed, attention="dsa", indexer=indexer)
+    if model == "hash":
+        changed = replace(changed, router="hash")
+    if model == "no_query_rank":
+        changed = replace(changed, mla=MlaConfig(q_lora_rank=None))
+    return replace(config, model=changed, parallel=parallel)
+
+
+def train_rank(rank: int, config: RunConfig, overloaded: bool) -> list[dict[str, Any]]:
+    # The harness has joined the process group already.
+    CpuBackend.init_process_group = lambda self, timeout_seconds: None  # type: ignore[method-assign]
+    gradients: dict[str, NDArray[np.float64]] = {}
+
+    def look(parameters: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        gradients.update({n: whole(p.grad) for n, p in parameters.items() if p.grad is not None})
+        return clip_by_global_norm(parameters, *args, **kwargs)
+
+    vars(train.step)["clip_by_global_norm"] = look
+    training = build(config)
+    if overloaded:
+        for moe in training.model.moe_layers():
+            assert moe.expert_bias is not None
+            moe.expert_bias[:2] += 100.0
+    batches = build_loader(
+        config.data,
+        split="train",
+        seed=0,
+        global_batch_size=8,
+        data_rank=training.data_rank,
+        data_size=training.data_size,
+    )
+    found = []
+    for step in range(1, STEPS + 1):
+        record: dict[str, Any] = dict(train_step(training, next(batches)[0], step))
+        record |= evaluate(training)
+        record["gradients"] = dict(gradients)
+        named = training.model.named_parameters()
+        record["parameters"] = {name: whole(value) for name, value in named}
+        biases = [moe.expert_bias for moe in training.model.moe_layers()]
+        record["bias"] = [bias.numpy().copy() for bias in biases if bias is not None]
+        found.append(record)
+    return found if rank == 0 else []
+
+
+@cache
+def one_rank(corpus: Path, model: str) -> list[dict[str, Any]]:
+    config = config_of(corpus, model, ParallelConfig(), micro=8)
+    [found] = run_distributed(train_rank, 1, config, model == "two_experts", timeout=300.0)
+    trace: list[dict[str, Any]] = found
+    return trace
+
+
+def world_size(parallel: ParallelConfig) -> int:
+    data = parallel.data_replicate_parallel_size * parallel.data_parallel_size
+    return data * parallel.context_parallel_size * parallel.tensor_parallel_size
+
+
+def compare(corpus: Path, model: str, parallel: ParallelConfig, micro: int = 2) -> None:
+    config = config_of(corpus, model, parallel, micro)
+    ranks, overloaded = world_size(parallel), model == "two_experts"
+    found = run_distributed(train_rank, ranks, config, overloaded, timeout=300.0)
+    for ours, theirs in zip(found[0], one_rank(corpus, model), strict=True):
+        for name in (*LOSSES, *(name for name in theirs if name.startswith("dsa/"))):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-12), name
+        assert ours.get("moe/load_cv") == theirs.get("moe/load_cv")
+        for mine, other in zip(ours["bias"], theirs["bias"], strict=True):
+            assert np.array_equal(mine, other)
+        assert ours["gradients"].keys() == theirs["gradients"].keys() == theirs["parameters"].keys()
+        for name, value in theirs["gradients"].items():
+            error = np.abs(ours["gradients"][name] - value).max()
+            # Some gradients are sums that cancel to 0: nothing is relative to them.
+            assert error <= 1e-9 * np.abs(value).max() + 1e-15 * theirs["grad_norm"], (name, error)
+        for name, value in theirs["parameters"].items():
+            error = np.abs(ours["parameters"][name] - value).max()
+            assert error <= 1e-10, (name, error)
+
+
+def layout(**ranks: int) -> ParallelConfig:
+    sizes: dict[str, Any] = {f"{axis}_parallel_size": count for axis, count in ranks.items()}
+    return ParallelConfig(**sizes)
+
+
+def name_of(case: object) -> str:
+    """Of a model or a layout, for the name of a test."""
+    if not isinstance(case, ParallelConfig):
+        return str(case)
+    sizes = {name.removesuffix("_parallel_size"): getattr(case, name) for name in SIZES}
+    return "-".join(f"{axis}{size}" for axis, size in sizes.items() if size > 1)
+
+
+@pytest.mark.parametrize(
+    ("model", "parallel"),
+    [
+        ("mhc", layout(tensor=2, data=2, expert=4)),
+        ("dsa", layout(tensor=2, expert=2)),
+        ("two_experts", layout(tensor=4, expert=4)),
+    ],
+    ids=name_of,
+)
+def test_cut_weights_train_as_whole_ones(
+    tiny_corpus: Path, model: str, parallel: ParallelConfig
+) -> None:
+    compare(tiny_corpus, model, parallel)
+
+
+LAYOUTS = [
+    layout(tensor=2),
+    layout(tensor=4),
+    layout(tensor=2, data=2),
+    layout(tensor=2, expert=2),
+    layout(tensor=2, data_replicate=2, expert=4),
+    layout(tensor=2, context=2, expert=2),
+    layout(tensor=2, data=2, context=2, expert=4),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("parallel", LAYOUTS, ids=name_of)
+def test_every_layout(tiny_corpus: Path, parallel: ParallelConfig) -> None:
+    compare(tiny_corpus, "mhc", parallel)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("parallel", [LAYOUTS[3], LAYOUTS[5]], ids=name_of)
+def test_every_model(tiny_corpus: Path, model: str, parallel: ParallelConfig) -> None:
+    compare(tiny_corpus, model, parallel)
