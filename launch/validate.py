@@ -152,11 +152,6 @@ def _sequences(config: RunConfig) -> Problems:
     for index, stage in enumerate(config.train.stages):
         if stage.sequence_length:
             lengths[f"train.stages[{index}].sequence_length"] = stage.sequence_length
-    if config.model.attention == "v4_hybrid" and parallel.context_parallel_size > 1:
-        yield (
-            f"parallel.context_parallel_size={parallel.context_parallel_size}: this version does not "
-            "spread the sequences of model.attention=v4_hybrid; use 1, or model.attention=dsa"
-        )
     for path, length in lengths.items():
         problem = length_problem(
             length,
