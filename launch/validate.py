@@ -153,13 +153,6 @@ def _sequences(config: RunConfig) -> Problems:
     for index, stage in enumerate(config.train.stages):
         if stage.sequence_length:
             lengths[f"train.stages[{index}].sequence_length"] = stage.sequence_length
-    shared = {"context": parallel.context_parallel_size, "tensor": parallel.tensor_parallel_size}
-    for axis, size in shared.items():
-        if config.model.attention == "v4_hybrid" and size > 1:
-            yield (
-                f"parallel.{axis}_parallel_size={size}: this version does not spread the sequences "
-                "of model.attention=v4_hybrid; use 1, or model.attention=dsa"
-            )
     for path, length in lengths.items():
         problem = length_problem(
             length,

@@ -147,6 +147,18 @@ class SequencePart:
         in_order = len(joined([run for runs in self.all_runs for run in runs])) == 1
         return whole if in_order else whole.index_select(1, self._gathered_places(x.device))
 
+    def gather_ranks(
+        self, x: Float[Tensor, "batch rows *rest"]
+    ) -> Float[Tensor, "batch all_rows *rest"]:
+        """What every rank that shares the sequence has, one after the other, in the order of `rank`.
+
+        Communication: an all-gather over cp x tp; a reduce-scatter of the gradients in backward.
+
+        Args:
+            x: of the same shape on every rank; its rows need not be tokens.
+        """
+        return gather_dim1(x, self.split.both)
+
     def gather_together(
         self, *xs: Float[Tensor, "batch part _"]
     ) -> tuple[Float[Tensor, "batch seq _"], ...]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.tokens import tokens_of
 from train.model.moe.config import MoeConfig, RouterKind
 from train.model.moe.router import TopKRouter, count_tokens, sequence_balance_loss
 
@@ -47,7 +48,8 @@ def both(config: MoeConfig, kind: RouterKind) -> tuple[Tensor, Tensor]:
     if kind == "sigmoid":
         torch.nn.init.normal_(router.expert_bias, std=0.2)
     x = torch.randn(1, 500, 8)
-    indices, weights = router(x, torch.zeros(1, 500, dtype=torch.int64))
+    none = torch.zeros(1, 500, dtype=torch.int64)
+    indices, weights = router(x, tokens_of(none, none))
     ours = torch.zeros(1, 500, EXPERTS).scatter(-1, indices, weights)[0]
     theirs = megatron(router, x[0] @ router.weight.T)
     direction = torch.randn(500, EXPERTS)

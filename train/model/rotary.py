@@ -15,8 +15,8 @@ from torch import Tensor
 
 from train.model.attention.config import YarnConfig
 
-Tables = tuple[Float[Tensor, "batch seq pairs"], Float[Tensor, "batch seq pairs"]]
-"""Cosine and sine of each token's angles."""
+Tables = tuple[Float[Tensor, "batch _ pairs"], Float[Tensor, "batch _ pairs"]]
+"""Cosine and sine of the angles of some tokens."""
 
 
 def rotary_tables(

@@ -44,6 +44,14 @@ class Tokens:
         """What rotary embeddings turn by."""
         return self.position_ids if self.pair_positions is None else self.pair_positions
 
+    def none(self) -> "Tokens":
+        """No tokens of as many sequences: for modules that must be called, but have nothing to do."""
+        pairs = None if self.pair_positions is None else self.pair_positions[:, :0]
+        ids, positions, documents = (
+            x[:, :0] for x in (self.input_ids, self.position_ids, self.document_ids)
+        )
+        return Tokens(ids, positions, documents, SequenceSplit().of(0), pairs)
+
     def next(self) -> "Tokens":
         """Token t+1 of the same document at place t, see `next_tokens`; all else stays."""
         return replace(self, input_ids=next_tokens(self.input_ids, self.document_ids))

@@ -10,20 +10,25 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from train.model.attention.compressor import Blocks, Compressor
+from parallel.runs import spans
+from parallel.sequence import SequencePart
+from train.model.attention.compressor import Blocks, Compressor, OwnBlocks
 from train.model.attention.indexer import (
     IndexerLoss,
     best_keys,
     index_scores,
-    query_chunks,
     select,
     topk_recall,
     widen,
 )
-from train.model.attention.trained_indexer import TrainedIndexer
+from train.model.attention.trained_indexer import (
+    TrainedIndexer,
+    sample_queries,
+    teach_own_queries,
+)
 from train.model.attention.windowed import (
     Parts,
     Seen,
@@ -33,16 +38,12 @@ from train.model.attention.windowed import (
 )
 from train.model.config import ModelConfig
 from train.model.norm import RMSNorm
-from train.model.rotary import rotary_tables, rotate_last
+from train.model.rotary import Tables, rotary_tables, rotate_last
 from train.model.tokens import Tokens
-
-Tables = tuple[Float[Tensor, "batch seq pairs"], Float[Tensor, "batch seq pairs"]]
 
 _GATHER_SHARE = 8
 """Rows are gathered where a query attends to less than this part of the entries (measured on a CPU
 with 4 heads); with more, scores of all entries and a mask are cheaper."""
-_RECALL_QUERIES = 16
-"""Queries of a sequence whose selection is compared with the full attention in every step."""
 
 
 class EntryIndexer(TrainedIndexer):
@@ -70,20 +71,22 @@ class EntryIndexer(TrainedIndexer):
 
     def forward(
         self,
-        x: Float[Tensor, "batch seq hidden"],
-        query_latent: Float[Tensor, "batch seq q_lora_rank"],
-        blocks: Blocks,
+        x: Float[Tensor, "batch part hidden"],
+        query_latent: Float[Tensor, "batch part q_lora_rank"],
         tables: Tables,
+        blocks: OwnBlocks,
+        block_tables: Tables,
     ) -> tuple[
-        Float[Tensor, "batch seq index_heads index_dim"],
+        Float[Tensor, "batch part index_heads index_dim"],
         Float[Tensor, "batch entries index_dim"],
-        Float[Tensor, "batch seq index_heads"],
+        Float[Tensor, "batch part index_heads"],
     ]:
         """Index queries, keys and weights; both inputs are detached here."""
         x, query_latent = x.detach(), query_latent.detach()
         query = self.q_b(query_latent).unflatten(-1, (-1, self.dim))
         weights = self.head_weights(widen(x)) * self.weight_scale
-        return rotate_last(query, *tables), self.compressor(x, blocks, *tables), weights
+        keys = self.compressor(x, blocks, block_tables)
+        return rotate_last(query, *tables), keys, weights
 
 
 class AttentionSink(nn.Module):
@@ -103,14 +106,14 @@ class GroupedLinear(nn.Linear):
 
     def __init__(self, groups: int, group_width: int, group_rank: int) -> None:
         super().__init__(group_width, groups * group_rank, bias=False)
-        self.groups, self.group_rank = groups, group_rank
+        self.groups = groups
 
     def forward(
-        self, x: Float[Tensor, "batch seq heads head_dim"]
-    ) -> Float[Tensor, "batch seq out"]:
+        self, x: Float[Tensor, "batch queries heads head_dim"]
+    ) -> Float[Tensor, "batch queries out"]:
         """Project every group, of those that this rank holds."""
-        weight = self.weight.view(-1, self.group_rank, self.in_features)
-        grouped = x.reshape(*x.shape[:2], len(weight), -1)
+        grouped = x.reshape(*x.shape[:2], -1, self.in_features)
+        weight = self.weight.view(grouped.shape[2], -1, self.in_features)
         return torch.einsum("bsgi,goi->bsgo", grouped, weight).flatten(2)
 
 
@@ -160,91 +163,137 @@ class HybridAttention(nn.Module):
 
     def forward(
         self,
-        x: Float[Tensor, "batch seq hidden"],
+        x: Float[Tensor, "batch part hidden"],
         tokens: Tokens,
-    ) -> Float[Tensor, "batch seq hidden"]:
+    ) -> Float[Tensor, "batch part hidden"]:
         """Attend from every token to its window and to earlier entries of its document."""
-        cos, sin = tables = rotary_tables(tokens.rotary_positions, self.rope, self.theta, self.yarn)
-        position_ids, document_ids = tokens.position_ids, tokens.document_ids
-        blocks = Blocks.of(position_ids, document_ids, self.ratio)
+        part, indexer = tokens.part, self.indexer
+        tables = self.tables(part.take_queries(tokens.rotary_positions))
+        blocks = Blocks.of(tokens.position_ids, tokens.document_ids, self.ratio)
         latent = self.q_a_norm(self.q_a(x))
-        parts = self.parts(x, latent, blocks, tables)
-        seen = Seen(self.window, blocks.visibility(document_ids))
-        indexer = self.indexer
+        parts = self.parts(x, latent, tokens, blocks, tables)
+        seen = Seen(self.window, blocks.visibility(tokens.document_ids), part.query_runs)
         if indexer is None:
-            return self.output(attend_in_window(parts, seen), tables)
+            return self.output(attend_in_window(parts, seen), tables, part)
         sparse = indexer.selects_among(parts.entries.shape[1])
-        # Sharding wants every module called in every pass: an idle indexer gets no tokens.
-        rows = slice(x.shape[1] if sparse or indexer.learns else 0)
-        index: tuple[Tensor, Tensor, Tensor] = indexer(
-            x[:, rows],
-            latent[:, rows],
-            Blocks.of(position_ids[:, rows], document_ids[:, rows], self.ratio),
-            (cos[:, rows], sin[:, rows]),
-        )
+        idle = not (sparse or indexer.learns)
+        index = self.index(x, latent, tokens, blocks, tables, idle=idle)
         if sparse:
-            seen = replace(seen, selected=select(*index, seen.entries, indexer.top_k))
+            chosen = select(*index, seen.entries, indexer.top_k, runs=part.runs)
+            seen = replace(seen, selected=part.gather_queries(chosen))
         loss = IndexerLoss(*index) if indexer.learns else None
-        mixed = self.output(attend_and_teach(parts, seen, loss), tables)
+        mixed = self.output(attend_and_teach(parts, seen, loss, part), tables, part)
         if loss is None:
             return mixed
-        recall = self.measure_recall(parts, seen, index, indexer.top_k)
+        recall = self.measure_recall(parts, seen, index, part)
         return indexer.join(mixed, loss.total(), recall)
+
+    def tables(self, positions: Int[Tensor, "batch places *pairs"]) -> Tables:
+        """Rotary tables of this layer."""
+        return rotary_tables(positions, self.rope, self.theta, self.yarn)
 
     def parts(
         self,
-        x: Float[Tensor, "batch seq hidden"],
-        latent: Float[Tensor, "batch seq q_lora_rank"],
+        x: Float[Tensor, "batch part hidden"],
+        latent: Float[Tensor, "batch part q_lora_rank"],
+        tokens: Tokens,
         blocks: Blocks,
         tables: Tables,
     ) -> Parts:
-        """Project every token and compress every block."""
-        query = self.q_b(latent).unflatten(-1, (-1, self.dim))
+        """Project every token and compress every block; the tables are those of the queries."""
+        part = tokens.part
+        query = self.q_b(part.gather_queries(latent)).unflatten(-1, (-1, self.dim))
         query = rotate_last(F.rms_norm(query, (self.dim,), eps=self.eps), *tables)
-        kv = rotate_last(self.kv_norm(self.kv(x)).unsqueeze(2), *tables).squeeze(2)
-        entries = kv[:, :0] if self.compressor is None else self.compressor(x, blocks, *tables)
+        kv = self.kv_norm(self.kv(x)).unsqueeze(2)
+        kv = rotate_last(kv, *map(part.own, tables)).squeeze(2)
+        (kv,) = part.queries_with_history(self.window - 1, kv)
+        entries = kv[:, :0]
+        if self.compressor is not None:
+            entries = self.compressor(x, *self.own_blocks(tokens, blocks, self.compressor))
         return Parts(query * self.scale, kv, entries, self.sink())
 
+    def own_blocks(
+        self, tokens: Tokens, blocks: Blocks, compressor: Compressor
+    ) -> tuple[OwnBlocks, Tables]:
+        """The blocks that end in this rank's part, and the rotary tables of their entries."""
+        own = OwnBlocks.of(blocks, tokens.part, overlap=compressor.pool.overlap)
+        return own, self.tables(own.at_first(tokens.rotary_positions))
+
+    def index(
+        self,
+        x: Float[Tensor, "batch part hidden"],
+        latent: Float[Tensor, "batch part q_lora_rank"],
+        tokens: Tokens,
+        blocks: Blocks,
+        tables: Tables,
+        *,
+        idle: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Index queries and weights of the rank's tokens, and keys of all entries; of none if idle."""
+        assert self.indexer is not None
+        if idle:
+            # Sharding wants every module called in every pass: an idle indexer gets no tokens.
+            tokens = tokens.none()
+            blocks = Blocks.of(tokens.position_ids, tokens.document_ids, self.ratio)
+        rows = slice(tokens.part.num_tokens)
+        cos, sin = map(tokens.part.own, tables)
+        found: tuple[Tensor, Tensor, Tensor] = self.indexer(
+            x[:, rows],
+            latent[:, rows],
+            (cos[:, rows], sin[:, rows]),
+            *self.own_blocks(tokens, blocks, self.indexer.compressor),
+        )
+        return found
+
     def output(
-        self, out: Float[Tensor, "batch seq heads dim"], tables: Tables
-    ) -> Float[Tensor, "batch seq hidden"]:
+        self, out: Float[Tensor, "batch queries heads dim"], tables: Tables, part: SequencePart
+    ) -> Float[Tensor, "batch part hidden"]:
         """Turn back by the query's position, and project by groups."""
         cos, sin = tables
-        mixed: Tensor = self.o_b(self.o_a(rotate_last(out, cos, -sin)))
-        return mixed
+        return part.scatter_queries(self.o_b(self.o_a(rotate_last(out, cos, -sin))))
 
     @torch.no_grad()
     def measure_recall(
-        self, parts: Parts, seen: Seen, index: tuple[Tensor, Tensor, Tensor], top_k: int
+        self,
+        parts: Parts,
+        seen: Seen,
+        index: tuple[Tensor, Tensor, Tensor],
+        part: SequencePart,
     ) -> Float[Tensor, "3"]:
         """`topk_recall` of a few evenly spaced queries, whose full attention is computed for it."""
-        batch, seq, heads, _ = parts.query.shape
-        count = parts.entries.shape[1]
+        assert self.indexer is not None
+        (batch, _, heads, _), count = parts.query.shape, parts.entries.shape[1]
         index_query, index_key, index_weights = index
-        keys = F.pad(torch.cat([parts.kv, parts.entries], dim=1), (0, 0, 0, 1))
-        step = -(-seq // _RECALL_QUERIES)
-        sample = torch.arange(seq - 1, -1, -step, device=keys.device)
-        sums = widen(keys.new_zeros(3))
-        for start, end in query_chunks(0, len(sample), batch * heads * (seq + count)):
-            places = sample[start:end]
-            unseen = seen.entries.hidden_at(places, count)
-            hidden = torch.cat([seen.hidden_tokens(places, 0, seq), unseen], dim=-1)
-            p = joint_probabilities(parts.query[:, places], keys, parts.sink, hidden)
-            scored = index_scores(index_query[:, places], index_key, index_weights[:, places])
-            selected = best_keys(scored, unseen, min(top_k, count))
-            sums += topk_recall(p[..., seq:-1].sum(2), unseen, selected)
+        sums = widen(parts.kv.new_zeros(3))
+        for run in spans(part.query_runs, seen.history):
+            held = len(run.held)
+            kv = parts.kv[:, run.held_row : run.held_row + held]
+            keys = F.pad(torch.cat([kv, parts.entries], dim=1), (0, 0, 0, 1))
+            numbers = batch * heads * (held + count)
+            for places, rows, own, mine in sample_queries(part, run, numbers, keys):
+                unseen = seen.entries.hidden_at(places, count)
+                tokens = seen.hidden_tokens(places, run.held.start, run.held.stop)
+                hidden = torch.cat([tokens, unseen], dim=-1)
+                p = joint_probabilities(parts.query[:, rows], keys, parts.sink, hidden)
+                attention = part.sum_over_heads(p[..., held:-1].sum(2))[:, own]
+                scored = index_scores(index_query[:, mine], index_key, index_weights[:, mine])
+                selected = best_keys(scored, unseen[:, own], min(self.indexer.top_k, count))
+                sums += topk_recall(attention, unseen[:, own], selected)
         return sums
 
 
 def attend_and_teach(
-    parts: Parts, seen: Seen, loss: IndexerLoss | None
-) -> Float[Tensor, "batch seq heads dim"]:
+    parts: Parts, seen: Seen, loss: IndexerLoss | None, part: SequencePart
+) -> Float[Tensor, "batch queries heads dim"]:
     """Attention in the cheapest form; what the entries get of it is the teacher of `loss`.
 
     The softmax is the joint one over window, entries and sink, and heads are summed before the
     teacher is normalised: a head that looks at its window has little to say about the entries.
     """
     rows = 0 if seen.selected is None else seen.window + seen.selected.shape[-1]
-    if rows and rows * _GATHER_SHARE < parts.entries.shape[1]:
-        return attend_gathered(parts, seen, None if loss is None else loss.over_selected)
-    return attend_in_window(parts, seen, None if loss is None else loss.over_keys)
+    gathers = bool(rows) and rows * _GATHER_SHARE < parts.entries.shape[1]
+    attend = attend_gathered if gathers else attend_in_window
+    if loss is None:
+        return attend(parts, seen)
+    learn = loss.over_selected if gathers else loss.over_keys
+    return attend(parts, seen, teach_own_queries(part, learn))

@@ -4,15 +4,20 @@ arXiv 2606.19348, section 2.3: the pooling of CSA (eq. 9-12) and of HCA (eq. 20-
 sequence every document is compressed as if it were alone, and a tail shorter than a block is dropped.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from parallel.runs import reaching_back, spans
+from parallel.sequence import SequencePart
 from train.model.attention.indexer import Visibility, widen
 from train.model.norm import RMSNorm
-from train.model.rotary import rotate_last
+from train.model.rotary import Tables, rotate_last
 
 
 @dataclass(frozen=True)
@@ -62,22 +67,153 @@ class Blocks:
         """An entry is seen from the last token of its block on: token t sees (t + 1) // ratio."""
         return Visibility(document_ids, self.documents, self.last, self.ratio)
 
-    def rows(
-        self, x: Float[Tensor, "batch seq width"]
-    ) -> Float[Tensor, "batch entries ratio width"]:
+
+@dataclass(frozen=True)
+class OwnBlocks:
+    """The blocks that end in a rank's part of the sequence, which are compressed there.
+
+    How many those are depends on the documents, so there is room for the most that can be: a number
+    that all ranks share. Room that is not used reads any token. With overlap each run begins with
+    the block before its first one, for that to pool, too.
+    """
+
+    part: SequencePart
+    history: int
+    """Tokens before a run that its blocks may reach."""
+    rows: Int[Tensor, "batch own ratio"]
+    """Where the tokens of each block are: the rank's runs with their history."""
+    first: Int[Tensor, "batch own"]
+    """Place of its first token in the sequence."""
+    follows: Bool[Tensor, "batch own"]
+    """As of `Blocks`."""
+    order: Int[Tensor, "batch entries"] | None
+    """Which of all ranks' entries the sequence's are; None where this rank makes all of them."""
+
+    @classmethod
+    def of(cls, blocks: Blocks, part: SequencePart, *, overlap: bool) -> "OwnBlocks":
+        """Find them: every rank knows all documents.
+
+        Args:
+            blocks: of the whole sequences.
+            part: which tokens are the rank's.
+            overlap: an entry also pools the block before.
+        """
+        ratio, last = blocks.ratio, blocks.last
+        history = 2 * ratio - 1 if overlap else ratio - 1
+        slots = torch.arange(1 - ratio, 1, device=last.device)
+        if part.is_whole or not last.shape[1]:
+            rows = last.unsqueeze(-1) + slots
+            return cls(part, history, rows, last - ratio + 1, blocks.follows, None)
+        room = _Room.of(part, ratio, history, overlap, last.device)
+        # Increasing, the unused ones behind the sequence.
+        ends = last.masked_fill(blocks.documents < 0, part.length)
+        before = torch.searchsorted(ends, room.starts.expand(len(ends), -1).contiguous())
+
+        number = before[:, room.own_run] + room.own_number
+        there = (number >= 0) & (number < last.shape[1])
+        number = number.clamp(0, last.shape[1] - 1)
+        end = ends.gather(1, number)
+        there &= end < room.own_stop
+        row = torch.where(there, end + room.own_shift, 0)
+        rows = (row.unsqueeze(-1) + slots).clamp(0, room.num_rows - 1)
+        first = torch.where(there, end - ratio + 1, 0)
+        follows = blocks.follows.gather(1, number) & there & (room.own_number >= 0)
+
+        run = torch.searchsorted(room.starts, ends, right=True) - 1
+        order = room.entries[run] + torch.arange(last.shape[1], device=last.device)
+        order = (order - before.gather(1, run)).masked_fill(blocks.documents < 0, 0)
+        return cls(part, history, rows, first, follows, order)
+
+    def tokens(
+        self, x: Float[Tensor, "batch held width"]
+    ) -> Float[Tensor, "batch own ratio width"]:
         """The tokens of every block."""
-        batch, seq, width = x.shape
-        slots = torch.arange(1 - self.ratio, 1, device=x.device)
-        starts = torch.arange(batch, device=x.device)[:, None, None] * seq
-        places = starts + self.last.unsqueeze(-1) + slots
-        return x.flatten(0, 1).index_select(0, places.flatten()).view(*places.shape, width)
+        batch, held, width = x.shape
+        starts = torch.arange(batch, device=x.device)[:, None, None] * held
+        places = (starts + self.rows).flatten()
+        return x.flatten(0, 1).index_select(0, places).view(*self.rows.shape, width)
 
     def at_first(
-        self, table: Float[Tensor, "batch seq pairs"]
-    ) -> Float[Tensor, "batch entries pairs"]:
-        """The row of each block's first token, whose position the entry takes."""
-        first = (self.last - self.ratio + 1).unsqueeze(-1)
-        return table.gather(1, first.expand(-1, -1, table.shape[-1]))
+        self, positions: Int[Tensor, "batch seq *pairs"]
+    ) -> Int[Tensor, "batch own *pairs"]:
+        """The position of each block's first token, which is that of the entry."""
+        first = self.first.view(*self.first.shape, *[1] * (positions.ndim - 2))
+        return positions.gather(1, first.expand(-1, -1, *positions.shape[2:]))
+
+    def gather(
+        self, entries: Float[Tensor, "batch own width"]
+    ) -> Float[Tensor, "batch entries width"]:
+        """The entries of all ranks, in the order of the sequence: those of `Blocks`.
+
+        Communication: see `SequencePart.gather_ranks`.
+        """
+        if self.order is None:
+            return entries
+        gathered = self.part.gather_ranks(entries)
+        batch, rows, width = gathered.shape
+        places = torch.arange(batch, device=entries.device)[:, None] * rows + self.order
+        ordered = gathered.flatten(0, 1).index_select(0, places.flatten())
+        return ordered.view(batch, -1, width)
+
+
+class _Room(NamedTuple):
+    """What `OwnBlocks` needs to know of the ranks' runs, whatever the documents."""
+
+    starts: Int[Tensor, "runs"]
+    """First place of every run of every rank, in the order of the sequence."""
+    entries: Int[Tensor, "runs"]
+    """Where the entries of the run begin among those of all ranks."""
+    own_run: Int[Tensor, "own"]
+    """The run of each of this rank's entries."""
+    own_number: Int[Tensor, "own"]
+    """Number of the block in the run; -1 for the one before; beyond all where there is no more room."""
+    own_stop: Int[Tensor, "own"]
+    """One behind the last place of the run."""
+    own_shift: Int[Tensor, "own"]
+    """See `Chunk.shift`."""
+    num_rows: int
+    """The rank's tokens with their history."""
+
+    @classmethod
+    @lru_cache(maxsize=64)
+    def of(
+        cls,
+        part: SequencePart,
+        ratio: int,
+        history: int,
+        overlap: bool,
+        device: torch.device,
+    ) -> "_Room":
+        """Blocks end at least `ratio` tokens apart, so a run has room for one of every `ratio` tokens."""
+        lead = 1 if overlap else 0
+        rooms = [[lead - (-len(run) // ratio) for run in runs] for runs in part.all_runs]
+        most = max(map(sum, rooms))
+        runs = sorted(
+            (run.start, rank, rank * most + sum(rooms[rank][:index]) + lead)
+            for rank, of_rank in enumerate(part.all_runs)
+            for index, run in enumerate(of_rank)
+        )
+        numbers = {start: number for number, (start, _, _) in enumerate(runs)}
+        own = [
+            (numbers[span.run.start], number, span.run.stop, span.held_row - span.held.start)
+            for span, room in zip(spans(part.runs, history), rooms[part.rank], strict=True)
+            for number in range(-lead, room - lead)
+        ]
+        own += [(0, part.length, 0, 0)] * (most - len(own))
+
+        def tensor(values: Iterable[int]) -> Tensor:
+            return torch.tensor(list(values), device=device)
+
+        own_run, own_number, own_stop, own_shift = map(tensor, zip(*own, strict=True))
+        return cls(
+            tensor(start for start, _, _ in runs),
+            tensor(entry for _, _, entry in runs),
+            own_run,
+            own_number,
+            own_stop,
+            own_shift,
+            num_rows=sum(map(len, reaching_back(part.runs, history))),
+        )
 
 
 class SlotPool(nn.Module):
@@ -95,10 +231,10 @@ class SlotPool(nn.Module):
 
     def forward(
         self,
-        kv: Float[Tensor, "batch entries ratio channels"],
-        gate: Float[Tensor, "batch entries ratio channels"],
-        follows: Bool[Tensor, "batch entries"],
-    ) -> Float[Tensor, "batch entries width"]:
+        kv: Float[Tensor, "batch own ratio channels"],
+        gate: Float[Tensor, "batch own ratio channels"],
+        follows: Bool[Tensor, "batch own"],
+    ) -> Float[Tensor, "batch own width"]:
         """One row per block, in the type of `kv`; see `Blocks.follows`."""
         values, logits = widen(kv), widen(gate) + self.logits
         if self.overlap:
@@ -140,13 +276,14 @@ class Compressor(nn.Module):
         self.norm = RMSNorm(width, eps)
 
     def forward(
-        self,
-        x: Float[Tensor, "batch seq hidden"],
-        blocks: Blocks,
-        cos: Float[Tensor, "batch seq pairs"],
-        sin: Float[Tensor, "batch seq pairs"],
+        self, x: Float[Tensor, "batch part hidden"], blocks: OwnBlocks, tables: Tables
     ) -> Float[Tensor, "batch entries width"]:
-        """One entry per block; the rotary tables are those of the tokens."""
-        pooled = self.pool(blocks.rows(self.kv(x)), blocks.rows(self.gate(x)), blocks.follows)
-        entries = self.norm(pooled).unsqueeze(2)
-        return rotate_last(entries, blocks.at_first(cos), blocks.at_first(sin)).squeeze(2)
+        """One entry per block of the whole sequence; the rotary tables are those of the own blocks.
+
+        Communication: of the projections of the few tokens before each run, see
+        `SequencePart.with_history`; and the entries.
+        """
+        rows = blocks.part.with_history(blocks.history, self.kv(x), self.gate(x))
+        kv, gate = map(blocks.tokens, rows)
+        pooled = self.norm(self.pool(kv, gate, blocks.follows))
+        return blocks.gather(rotate_last(pooled.unsqueeze(2), *tables).squeeze(2))

@@ -267,7 +267,7 @@ def topk_recall(
     counted = (~hidden).sum(-1) > k
     chosen = selection_mask(selected, keys)
     best = attention.topk(min(k, keys), sorted=False).indices
-    overlap = chosen.gather(-1, best).sum(-1) / k
+    overlap = chosen.gather(-1, best).sum(-1).to(attention.dtype) / k
     mass = (attention * chosen).sum(-1) / attention.sum(-1).clamp(min=1e-30)
     return torch.stack([(x * counted).sum() for x in (overlap, mass, torch.ones_like(mass))])
 
@@ -314,7 +314,7 @@ def widen(x: Tensor) -> Tensor:
 
 def _products(query: Tensor, key: Tensor) -> Float[Tensor, "batch queries heads keys"]:
     """`q_h . k` for every head; batched over sequences, queries and heads are rows."""
-    return torch.bmm(query.flatten(1, 2), key.transpose(1, 2)).view(*query.shape[:3], -1)
+    return torch.bmm(query.flatten(1, 2), key.transpose(1, 2)).view(*query.shape[:3], key.shape[1])
 
 
 def _weighted(weights: Tensor, products: Tensor) -> Float[Tensor, "batch queries keys"]:

@@ -16,9 +16,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from parallel.runs import Chunk, Runs, chunks, spans
 from train.model.attention.core import Observer
 from train.model.attention.gathered import attend_to_selected
-from train.model.attention.indexer import Visibility, query_chunks, selection_mask, widen
+from train.model.attention.indexer import Visibility, chunk_size, selection_mask, widen
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,19 @@ class Seen:
     """The query's own token and the window - 1 before it, in its document."""
     entries: Visibility
     """Which entries it may see; holds the documents of the tokens, too."""
-    selected: Int[Tensor, "batch seq k"] | None = None
+    runs: Runs
+    """Places of the queries in the sequence, in order."""
+    selected: Int[Tensor, "batch queries k"] | None = None
     """The only visible entries that it attends to, -1 where it has fewer; None for all."""
+
+    @property
+    def history(self) -> int:
+        """Tokens before its own that a query may attend to."""
+        return self.window - 1
 
     def first_token(self, start: int) -> int:
         """The first token that a query from place `start` on attends to."""
-        return max(0, start - self.window + 1)
+        return max(0, start - self.history)
 
     def hidden_tokens(
         self, places: Int[Tensor, "queries"], first: int, end: int
@@ -45,31 +53,33 @@ class Seen:
         outside = (tokens > places[:, None]) | (tokens <= places[:, None] - self.window)
         return (documents[:, places, None] != documents[:, None, first:end]) | outside
 
-    def hidden_entries(
-        self, start: int, end: int, count: int
-    ) -> Bool[Tensor, "batch queries entries"]:
-        """True where a query of [start, end) does not attend to one of the first entries."""
-        hidden = self.entries.hidden(start, end, count)
+    def hidden_entries(self, chunk: Chunk, count: int) -> Bool[Tensor, "batch queries entries"]:
+        """True where a query of the chunk does not attend to one of the first entries."""
+        hidden = self.entries.hidden(chunk.start, chunk.end, count)
         if self.selected is None:
             return hidden
-        return hidden | ~selection_mask(self.selected[:, start:end], count)
+        return hidden | ~selection_mask(self.selected[:, chunk.rows], count)
 
-    def window_rows(self) -> Int[Tensor, "batch seq window"]:
-        """The tokens that each query attends to; -1 where there are fewer."""
-        documents = self.entries.query_documents
-        places = torch.arange(documents.shape[1], device=documents.device)
-        tokens = places[:, None] - torch.arange(self.window, device=documents.device)
-        same = documents[:, tokens.clamp(min=0)] == documents.unsqueeze(-1)
-        return torch.where(same & (tokens >= 0), tokens, -1).int()
+    def window_rows(self) -> Int[Tensor, "batch queries window"]:
+        """Rows of `Parts.kv` that each query attends to; -1 where there are fewer."""
+        documents, found = self.entries.query_documents, []
+        for run, _, held, held_row in spans(self.runs, self.history):
+            places = torch.arange(run.start, run.stop, device=documents.device)
+            tokens = places[:, None] - torch.arange(self.window, device=documents.device)
+            own = documents[:, run.start : run.stop].unsqueeze(-1)
+            same = documents[:, tokens.clamp(min=0)] == own
+            rows = tokens + (held_row - held.start)
+            found.append(torch.where(same & (tokens >= 0), rows, -1).int())
+        return torch.cat(found, dim=1)
 
 
 class Parts(NamedTuple):
     """What attention runs over. One row per key serves all heads, as key and as value."""
 
-    query: Float[Tensor, "batch seq heads dim"]
+    query: Float[Tensor, "batch queries heads dim"]
     """Scaled."""
-    kv: Float[Tensor, "batch seq dim"]
-    """Of the tokens."""
+    kv: Float[Tensor, "batch held dim"]
+    """Of the tokens: each run of the queries after the `Seen.history` tokens before it."""
     entries: Float[Tensor, "batch entries dim"]
     """Compressed ones, any number."""
     sink: Float[Tensor, "heads"]
@@ -78,7 +88,7 @@ class Parts(NamedTuple):
 
 def attend_in_window(
     parts: Parts, seen: Seen, observe: Observer | None = None
-) -> Float[Tensor, "batch seq heads dim"]:
+) -> Float[Tensor, "batch queries heads dim"]:
     """`softmax([query keys^T ; sink]) [keys ; 0]` with keys = [window of kv ; entries].
 
     The softmax is one over everything, in fp32 or wider; what the sink gets is lost.
@@ -94,7 +104,7 @@ def attend_in_window(
 
 def attend_gathered(
     parts: Parts, seen: Seen, observe: Observer | None = None
-) -> Float[Tensor, "batch seq heads dim"]:
+) -> Float[Tensor, "batch queries heads dim"]:
     """`attend_in_window` with the rows of each query gathered: cheaper if they are few.
 
     Args:
@@ -103,11 +113,11 @@ def attend_gathered(
         observe: is shown the probabilities of the selected entries; see `gathered.Observer`.
     """
     query, kv, entries, sink = parts
-    seq, dim = kv.shape[1:]
+    held, dim = kv.shape[1:]
     tokens, selected = seen.window_rows(), seen.selected
     assert selected is not None
-    sink_row = torch.full_like(tokens[..., :1], seq + entries.shape[1])
-    rows = torch.cat([tokens, torch.where(selected < 0, -1, selected + seq), sink_row], dim=-1)
+    sink_row = torch.full_like(tokens[..., :1], held + entries.shape[1])
+    rows = torch.cat([tokens, torch.where(selected < 0, -1, selected + held), sink_row], dim=-1)
     # The sink is a row of one more channel, in which queries hold the logit; as a value it is 0.
     logits = sink.to(query.dtype).view(1, 1, -1, 1).expand(*query.shape[:3], 1)
     keys = F.pad(torch.cat([kv, entries], dim=1), (0, 1, 0, 1))
@@ -146,12 +156,14 @@ def joint_probabilities(
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Queries [start, end), the tokens [first, end) and entries [0, count) that they may attend to."""
+    """Some queries, and the tokens and entries that they may attend to."""
 
-    start: int
-    end: int
-    first: int
+    rows: slice
+    """Of the queries."""
+    held: slice
+    """Of `Parts.kv`."""
     count: int
+    """Leading entries."""
     hidden_entries: Bool[Tensor, "batch queries entries"]
     probabilities: Float[Tensor, "batch queries heads keys"]
     """Of tokens, entries and the sink."""
@@ -161,15 +173,18 @@ class _Chunk:
 def _chunks(parts: Parts, seen: Seen) -> Iterator[_Chunk]:
     """Attention of some queries at a time."""
     query, kv, entries, sink = parts
-    batch, seq, heads, _ = query.shape
-    for start, end in query_chunks(0, seq, batch * heads * (seen.window + entries.shape[1])):
+    batch, _, heads, _ = query.shape
+    size = chunk_size(batch * heads * (seen.window + entries.shape[1]))
+    for chunk in chunks(seen.runs, size, seen.history):
+        rows, start, end, shift = chunk
         first, count = seen.first_token(start), seen.entries.num_keys(end)
-        keys = F.pad(torch.cat([kv[:, first:end], entries[:, :count]], dim=1), (0, 0, 0, 1))
-        hidden_entries = seen.hidden_entries(start, end, count)
+        held = slice(first + shift, end + shift)
+        keys = F.pad(torch.cat([kv[:, held], entries[:, :count]], dim=1), (0, 0, 0, 1))
+        hidden_entries = seen.hidden_entries(chunk, count)
         places = torch.arange(start, end, device=kv.device)
         hidden = torch.cat([seen.hidden_tokens(places, first, end), hidden_entries], dim=-1)
-        probabilities = joint_probabilities(query[:, start:end], keys, sink, hidden)
-        yield _Chunk(start, end, first, count, hidden_entries, probabilities, keys)
+        probabilities = joint_probabilities(query[:, rows], keys, sink, hidden)
+        yield _Chunk(rows, held, count, hidden_entries, probabilities, keys)
 
 
 class _Attention(torch.autograd.Function):
@@ -189,10 +204,10 @@ class _Attention(torch.autograd.Function):
         for chunk in _chunks(Parts(query, kv, entries, sink), seen):
             p = chunk.probabilities
             result = p.to(kv.dtype).flatten(1, 2) @ chunk.keys
-            out[:, chunk.start : chunk.end] = result.view(*p.shape[:3], -1)
+            out[:, chunk.rows] = result.view(*p.shape[:3], -1)
             if observe is not None and chunk.count:
-                of_entries = p[..., chunk.end - chunk.first : -1].sum(2)
-                observe(chunk.start, of_entries, chunk.hidden_entries)
+                of_entries = p[..., chunk.held.stop - chunk.held.start : -1].sum(2)
+                observe(chunk.rows.start, of_entries, chunk.hidden_entries)
         ctx.save_for_backward(query, kv, entries, sink, out)
         ctx.seen = seen
         return out
@@ -208,7 +223,7 @@ class _Attention(torch.autograd.Function):
         grad_kv, grad_entries = torch.zeros_like(widen(kv)), torch.zeros_like(widen(entries))
         grad_sink = torch.zeros_like(widen(sink))
         for chunk in _chunks(Parts(query, kv, entries, sink), ctx.seen):
-            rows, tokens = slice(chunk.start, chunk.end), chunk.end - chunk.first
+            rows, tokens = chunk.rows, chunk.held.stop - chunk.held.start
             p, q, g = (
                 x.flatten(1, 2) for x in (chunk.probabilities, query[:, rows], grad[:, rows])
             )
@@ -218,7 +233,7 @@ class _Attention(torch.autograd.Function):
             scores, p = scores.to(q.dtype), p.to(q.dtype)
             grad_query[:, rows] = (scores @ chunk.keys).view_as(query[:, rows])
             grad_keys = torch.baddbmm(p.transpose(1, 2) @ g, scores.transpose(1, 2), q)
-            grad_kv[:, chunk.first : chunk.end] += grad_keys[:, :tokens]
+            grad_kv[:, chunk.held] += grad_keys[:, :tokens]
             grad_entries[:, : chunk.count] += grad_keys[:, tokens:-1]
         grads = (grad_kv.to(kv.dtype), grad_entries.to(entries.dtype), grad_sink.to(sink.dtype))
         return grad_query, *grads, None, None

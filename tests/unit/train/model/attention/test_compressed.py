@@ -12,7 +12,6 @@ from train.model.attention import compressed
 from train.model.attention.compressed import HybridAttention
 from train.model.attention.compressor import Blocks
 from train.model.attention.config import CompressedConfig, IndexerConfig
-from train.model.rotary import rotary_tables
 
 CONFIG = replace(
     TINY,
@@ -90,10 +89,11 @@ def teachers(
     the index scores; which entries no query may attend to. All as whole matrices."""
     x, positions, documents = inputs
     assert module.indexer is not None
-    tables = rotary_tables(positions, module.rope, module.theta)
+    tokens = tokens_of(positions, documents)
+    tables = module.tables(positions)
     blocks = Blocks.of(positions, documents, 4)
     latent = module.q_a_norm(module.q_a(x))
-    parts = module.parts(x, latent, blocks, tables)
+    parts = module.parts(x, latent, tokens, blocks, tables)
     seq, count = x.shape[1], parts.entries.shape[1]
     place = torch.arange(seq)
     distance = place[:, None] - place
@@ -101,7 +101,7 @@ def teachers(
     window = same & (distance >= 0) & (distance < module.window)
     hidden = blocks.visibility(documents).hidden(0, seq, count)
 
-    query, key, weights = module.indexer(x, latent, blocks, tables)
+    query, key, weights = module.index(x, latent, tokens, blocks, tables, idle=False)
     scores = torch.einsum("bqhd,bkd->bqhk", query, key).relu()
     scores = torch.einsum("bqhk,bqh->bqk", scores, weights).masked_fill(hidden, float("-inf"))
     if module.indexer.stage == "sparse":

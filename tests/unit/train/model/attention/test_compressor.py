@@ -2,8 +2,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.tokens import tokens_of
 from tests.unit.train.model.tiny import packed
-from train.model.attention.compressor import Blocks, Compressor
+from train.model.attention.compressor import Blocks, Compressor, OwnBlocks
 from train.model.rotary import rotary_tables
 
 
@@ -17,7 +18,9 @@ def compressor(*, overlap: bool, ratio: int = 4) -> Compressor:
 
 def compress(module: Compressor, x: Tensor, positions: Tensor, documents: Tensor) -> Tensor:
     blocks = Blocks.of(positions, documents, len(module.pool.logits))
-    result: Tensor = module(x, blocks, *rotary_tables(positions, 4, 100.0))
+    part = tokens_of(positions, documents).part
+    own = OwnBlocks.of(blocks, part, overlap=module.pool.overlap)
+    result: Tensor = module(x, own, rotary_tables(own.at_first(positions), 4, 100.0))
     return result
 
 
@@ -28,8 +31,10 @@ def test_blocks_end_where_a_document_has_a_multiple_of_the_ratio() -> None:
     assert blocks.last.tolist() == [[3, 7, 15, 19, 3]]
     assert blocks.documents.tolist() == [[0, 0, 2, 3, -1]]
     assert blocks.follows.tolist() == [[False, True, False, False, False]]
-    rows = blocks.rows(torch.arange(21.0).view(1, 21, 1))
-    assert rows[0, 2, :, 0].tolist() == [12, 13, 14, 15]
+    own = OwnBlocks.of(blocks, tokens_of(positions, documents).part, overlap=False)
+    tokens = own.tokens(torch.arange(21.0).view(1, 21, 1))
+    assert tokens[0, 2, :, 0].tolist() == [12, 13, 14, 15]
+    assert own.at_first(positions)[0, :4].tolist() == [0, 4, 0, 0]
 
 
 def test_a_query_sees_a_block_from_its_last_token_on() -> None:

@@ -25,7 +25,7 @@ def inputs(lengths: tuple[int, ...], dtype: torch.dtype) -> tuple[Parts, Seen]:
     visible = Blocks.of(positions, documents, RATIO).visibility(documents)
     hidden = visible.hidden(0, seq, seq // RATIO)
     chosen = best_keys(torch.randn(hidden.shape), hidden, min(3, seq // RATIO))
-    return Parts(*leaves), Seen(WINDOW, visible, chosen)
+    return Parts(*leaves), Seen(WINDOW, visible, (range(seq),), chosen)
 
 
 def reference(leaves: Parts, seen: Seen) -> Tensor:
