@@ -229,7 +229,7 @@ def test_a_broken_rule(nano: RunConfig, values: dict[str, Any], start: str, fix:
     assert fix in problem
 
 
-@pytest.mark.parametrize("axis", ["tensor", "pipeline"])
+@pytest.mark.parametrize("axis", ["pipeline"])
 def test_an_axis_that_is_not_there_is_refused_by_name(nano: RunConfig, axis: str) -> None:
     [problem] = validate(changed(nano, **{f"parallel__{axis}_parallel_size": 2}))
     assert problem.startswith(f"parallel.{axis}_parallel_size=2: ")
