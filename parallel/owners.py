@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from parallel.collectives import exchange_rows
+from parallel.shards import part_at
 
 
 @dataclass(frozen=True)
@@ -73,36 +73,20 @@ class Spread:
 
 @cache
 def _part(spread: Spread, rank: int) -> Part:
-    extents, copy, copies = [range(n) for n in spread.shape], 0, 1
-    # FSDP2 cuts what tensor parallelism left, though its axis comes first: the last axis cuts first.
-    for size, dim in zip(reversed(spread.mesh), reversed(spread.cuts), strict=True):
-        rank, place = divmod(rank, size)
-        if dim is None:
-            copy, copies = copy + place * copies, copies * size
-        else:
-            extents[dim] = cut(extents[dim], size)[place]
+    place: list[int] = []
+    for size in reversed(spread.mesh):
+        rank, index = divmod(rank, size)
+        place = [index, *place]
     assert rank == 0, f"rank is beyond the mesh {spread.mesh}"
-    held, matrix = extents[0], spread.rows
+    copy = 0
+    for index, size, dim in zip(place, spread.mesh, spread.cuts, strict=True):
+        copy = copy if dim is not None else copy * size + index
+    held, columns = part_at(place, spread.shape, spread.mesh, spread.cuts)
+    matrix = spread.rows
     first = max(held.start, matrix.start)
-    rows = range(first, max(first, min(held.stop, matrix.stop)))
-    within = range(rows.start - matrix.start, rows.stop - matrix.start)
-    return Part(within, extents[1], first - held.start, copy)
-
-
-def cut(extent: range, pieces: int) -> list[range]:
-    """Consecutive pieces as `torch.chunk`, FSDP2 and DTensor make them; late ones may be empty."""
-    size = math.ceil(len(extent) / pieces)
-    return [extent[i * size : (i + 1) * size] for i in range(pieces)]
-
-
-def cut_dims(parameter: DTensor) -> tuple[int | None, ...]:
-    """The dim that each axis of the mesh cuts; None where its ranks hold the same."""
-    dims: list[int | None] = []
-    for placement in parameter.placements:
-        assert not placement.is_partial(), placement
-        # FSDP2's placement next to another one is a private class that also has `dim`.
-        dims.append(None if placement.is_replicate() else getattr(placement, "dim"))  # noqa: B009
-    return tuple(dims)
+    last = max(first, min(held.stop, matrix.stop))
+    rows = range(first - matrix.start, last - matrix.start)
+    return Part(rows, columns, first - held.start, copy)
 
 
 @dataclass(frozen=True)

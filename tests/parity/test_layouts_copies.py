@@ -1,4 +1,4 @@
-"""Copies of the parameters (HSDP) and whole experts train as one rank does, in fp64.
+"""Copies of the parameters (HSDP), whole experts and Muon train as one rank does, in fp64.
 
 Muon and AdamW hardly notice a factor on a gradient, so gradients are compared as well.
 """
@@ -37,6 +37,8 @@ class Case:
     whole_experts: bool = False
     reshard: bool = True
     residual: str = "mhc"
+    tensor: int = 1
+    context: int = 1
 
     def recipe(self, corpus: Path) -> RunConfig:
         config = recipe(corpus, self.residual, self.data, self.expert, self.micro, self.optim)
@@ -45,13 +47,16 @@ class Case:
             data_replicate_parallel_size=self.copies,
             expert_sharding="replicate" if self.whole_experts else "shard",
             reshard_after_forward=self.reshard,
+            tensor_parallel_size=self.tensor,
+            context_parallel_size=self.context,
         )
         return replace(config, parallel=parallel)
 
     def __str__(self) -> str:
         whole_experts = "-whole_experts" if self.whole_experts else ""
-        layout = f"copies{self.copies}-data{self.data}-expert{self.expert}{whole_experts}"
-        return f"{layout}-{self.optim.optimizer}-{self.residual}"
+        dense = f"copies{self.copies}-data{self.data}-context{self.context}-tensor{self.tensor}"
+        experts = f"expert{self.expert}{whole_experts}"
+        return f"{dense}-{experts}-{self.optim.optimizer}-{self.residual}"
 
 
 ONE_RANK = Case(1, 1, 1, micro=8)
@@ -72,6 +77,11 @@ SLOW = [
     Case(2, 4, 2, micro=1),
     # More ranks than experts.
     Case(1, 8, 1, micro=1),
+    # Matrices that are cut twice, along one dim or both.
+    Case(1, 2, 2, micro=2, tensor=2),
+    Case(2, 1, 2, micro=2, tensor=2),
+    Case(2, 1, 4, micro=4, tensor=2, context=2, whole_experts=True),
+    Case(2, 2, 2, micro=2, tensor=2, optim=ADAMW),
 ]
 
 

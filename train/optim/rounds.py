@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from parallel.owners import Job, Spread, balance, cut_dims
+from parallel.owners import Job, Spread, balance
+from parallel.shards import cut_dims
 from train.optim.newton_schulz import flops
 
 ROUND_ELEMENTS = 1 << 26

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parallel.owners import Job, Part, Spread, balance, cut
+from parallel.owners import Job, Part, Spread, balance
 
 
 @given(st.lists(st.integers(1, 1000), min_size=1, max_size=40), st.integers(1, 9))
@@ -22,13 +22,6 @@ def test_no_rank_has_much_more_than_the_mean(costs: list[int], num_ranks: int) -
 
 def test_equal_jobs_go_round() -> None:
     assert balance([5] * 6, 4) == [0, 1, 2, 3, 0, 1]
-
-
-@given(st.integers(0, 50), st.integers(1, 9))
-def test_pieces_cover_the_rows_in_order(num_rows: int, num_ranks: int) -> None:
-    pieces = cut(range(3, 3 + num_rows), num_ranks)
-    assert [row for piece in pieces for row in piece] == list(range(3, 3 + num_rows))
-    assert len(pieces) == num_ranks
 
 
 AXES = st.lists(st.tuples(st.integers(1, 3), st.sampled_from([None, 0, 1])), max_size=3)
