@@ -14,6 +14,8 @@ from typing import Protocol, runtime_checkable
 from data.order import credit_after, draw_source, permute, round_keys
 
 _STATE_VERSION = 1
+_DATA_SIZE = "parallel.data_parallel_size*data_replicate"
+"""How rules name the number of ranks that see different sequences."""
 
 
 @runtime_checkable
@@ -168,9 +170,8 @@ def check_lanes(global_batch_size: int, data_size: int, num_lanes: int | None) -
     """
     if min(global_batch_size, data_size, 1 if num_lanes is None else num_lanes) < 1:
         return [
-            f"train.global_batch_size={global_batch_size}, "
-            f"parallel.data_parallel_size={data_size}, data.num_lanes={num_lanes}: must be at "
-            "least 1; use 1 or more"
+            f"train.global_batch_size={global_batch_size}, {_DATA_SIZE}={data_size}, "
+            f"data.num_lanes={num_lanes}: must be at least 1; use 1 or more"
         ]
     if num_lanes is None:
         if global_batch_size % data_size == 0:
@@ -178,7 +179,7 @@ def check_lanes(global_batch_size: int, data_size: int, num_lanes: int | None) -
         below = global_batch_size // data_size * data_size
         return [
             f"train.global_batch_size={global_batch_size}: must be a multiple of "
-            f"parallel.data_parallel_size={data_size}; use {_either(below, below + data_size)}"
+            f"{_DATA_SIZE}={data_size}; use {_either(below, below + data_size)}"
         ]
     problems = []
     if global_batch_size % num_lanes:
@@ -189,8 +190,8 @@ def check_lanes(global_batch_size: int, data_size: int, num_lanes: int | None) -
         )
     if num_lanes % data_size:
         problems.append(
-            f"parallel.data_parallel_size={data_size}: must divide data.num_lanes={num_lanes}; "
-            f"use {_nearest(_divisors(num_lanes), data_size)}"
+            f"{_DATA_SIZE}={data_size}: must divide data.num_lanes={num_lanes}; use "
+            f"{_nearest(_divisors(num_lanes), data_size)}"
         )
     return problems
 

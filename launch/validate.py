@@ -88,7 +88,7 @@ def _follows(problem: str, wrong: set[str]) -> bool:
 
 
 def world_size(config: RunConfig) -> int:
-    """Ranks of the layout: data x tensor x pipeline x context."""
+    """Ranks of the layout: data x data_replicate x tensor x pipeline x context."""
     return ParallelLayout.from_config(config.parallel).world_size
 
 
@@ -135,8 +135,8 @@ def _number_of_processes(config: RunConfig, nproc: int) -> Problems:
     if nproc > 0 and nproc % others == 0:
         fix = f" or parallel.data_parallel_size={nproc // others}"
     yield (
-        f"world size = data x tensor x pipeline x context = {world}, but --nproc {nproc}; "
-        f"use --nproc {world}{fix}"
+        f"world size = data x data_replicate x tensor x pipeline x context = {world}, but "
+        f"--nproc {nproc}; use --nproc {world}{fix}"
     )
 
 
@@ -222,8 +222,20 @@ def _recompute(config: RunConfig) -> Problems:
         )
 
 
+class _DataRanks:
+    """Ranks that see different sequences: their number and how a rule names it."""
+
+    def __init__(self, config: RunConfig) -> None:
+        layout = ParallelLayout.from_config(config.parallel)
+        self.size = layout.data_parallel_size
+        self.key = "parallel.data_parallel_size"
+        if layout.data_replicate > 1:
+            self.key += "*data_replicate"
+        self.name = f"{self.key}={self.size}"
+
+
 def _batch(config: RunConfig) -> Problems:
-    train, data = config.train, config.parallel.data_parallel_size
+    train, data = config.train, _DataRanks(config)
     yield from _batch_of("train", train.global_batch_size, train.micro_batch_size, data)
     for index, stage in enumerate(train.stages):
         if stage.global_batch_size or stage.micro_batch_size:
@@ -232,17 +244,17 @@ def _batch(config: RunConfig) -> Problems:
             yield from _batch_of(f"train.stages[{index}]", batch, micro, data)
 
 
-def _batch_of(place: str, batch: int, micro: int, data: int) -> Problems:
-    if batch % data:
+def _batch_of(place: str, batch: int, micro: int, data: _DataRanks) -> Problems:
+    if batch % data.size:
         yield (
-            f"{place}.global_batch_size={batch}: must be a multiple of "
-            f"parallel.data_parallel_size={data}; use {_list(_multiples(batch, data))}"
+            f"{place}.global_batch_size={batch}: must be a multiple of {data.name}; use "
+            f"{_list(_multiples(batch, data.size))}"
         )
-    elif batch % (micro * data):
+    elif batch % (micro * data.size):
         yield (
-            f"{place}.micro_batch_size={micro}: times parallel.data_parallel_size={data} must divide "
-            f"{place}.global_batch_size={batch}; use {_list(_divisors(batch // data))}, or "
-            f"{place}.global_batch_size={_list(_multiples(batch, micro * data))}"
+            f"{place}.micro_batch_size={micro}: times {data.name} must divide "
+            f"{place}.global_batch_size={batch}; use {_list(_divisors(batch // data.size))}, or "
+            f"{place}.global_batch_size={_list(_multiples(batch, micro * data.size))}"
         )
 
 
@@ -250,32 +262,33 @@ def _ramp(config: RunConfig) -> Problems:
     ramp, first = config.train.batch_size_ramp, phases(config)[0]
     if ramp is None:
         return
-    unit = first.micro_batch_size * config.parallel.data_parallel_size
+    data = _DataRanks(config)
+    unit = first.micro_batch_size * data.size
     for key, value in (("start", ramp.start), ("increment", ramp.increment)):
         if value % unit:
             yield (
                 f"train.batch_size_ramp.{key}={value}: must be a multiple of micro batch size x "
-                f"parallel.data_parallel_size = {unit}; use {_list(_multiples(value, unit))}"
+                f"{data.key} = {unit}; use {_list(_multiples(value, unit))}"
             )
 
 
 def _lanes(config: RunConfig) -> Problems:
-    data = config.parallel.data_parallel_size
+    data = _DataRanks(config)
     lanes = config.data.num_lanes or config.train.global_batch_size
     batches = sorted({phase.global_batch_size for phase in phases(config)})
-    if config.data.num_lanes is None and lanes % data:
+    if config.data.num_lanes is None and lanes % data.size:
         return  # the rule of the batch says so
-    if lanes % data or any(batch % lanes for batch in batches):
-        legal: list[Any] = [n for n in _divisors(math.gcd(*batches)) if n % data == 0]
+    if lanes % data.size or any(batch % lanes for batch in batches):
+        legal: list[Any] = [n for n in _divisors(math.gcd(*batches)) if n % data.size == 0]
         if not any(batch % config.train.global_batch_size for batch in batches):
             legal.append("null")
-        fix = _list(legal) if legal else f"batches that are multiples of {data}"
+        fix = _list(legal) if legal else f"batches that are multiples of {data.size}"
         shown = config.data.num_lanes or f"null (train.global_batch_size={lanes})"
         all_of_them = "the batch sizes " + ", ".join(map(str, batches))
         what = all_of_them if len(batches) > 1 else f"train.global_batch_size={batches[0]}"
         yield (
             f"data.num_lanes={shown}: must divide {what} and be a "
-            f"multiple of parallel.data_parallel_size={data}; use {fix}"
+            f"multiple of {data.name}; use {fix}"
         )
 
 
@@ -293,12 +306,11 @@ def _sources(config: RunConfig) -> Problems:
 
 
 def _evaluation(config: RunConfig) -> Problems:
-    number, data = config.evaluate.num_sequences, config.parallel.data_parallel_size
-    if config.evaluate.every_steps and number % data:
+    number, data = config.evaluate.num_sequences, _DataRanks(config)
+    if config.evaluate.every_steps and number % data.size:
         yield (
-            f"evaluate.num_sequences={number}: must be a multiple of "
-            f"parallel.data_parallel_size={data}; use {_list(_multiples(number, data))}, "
-            "or evaluate.every_steps=0 for none"
+            f"evaluate.num_sequences={number}: must be a multiple of {data.name}; use "
+            f"{_list(_multiples(number, data.size))}, or evaluate.every_steps=0 for none"
         )
 
 

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 from pydantic import ConfigDict
 
 ContextSplit = Literal["zigzag", "contiguous"]
+ExpertSharding = Literal["shard", "replicate"]
 BackendName = Literal["auto", "cpu", "cuda", "ascend", "cambricon", "dry"]
 
 
@@ -44,7 +45,11 @@ class ParallelConfig:
     there are ranks (contiguous), or the i-th and the i-th last of twice as many (zigzag), which
     gives all ranks the same number of query-key pairs."""
     expert_parallel_size: int = 1
-    """Ranks that hold different experts. Formed within data x context x tensor, adds no ranks."""
+    """Ranks that hold different experts. Formed within data_replicate x data x context x tensor, adds
+    no ranks."""
+    expert_sharding: ExpertSharding = "shard"
+    """What ranks that hold the same experts do with them: shard their parameters as all others are,
+    or keep them whole (replicate), so that nothing is gathered and only gradients are summed."""
     expert_dispatcher: Literal["all_to_all", "deepep"] = "all_to_all"
     """How tokens reach their experts: torch's collectives, or DeepEP (CUDA and bf16 only)."""
     kernels: KernelConfig = field(default_factory=KernelConfig)

@@ -17,6 +17,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from parallel.shards import held_part
+
 _PAGE = 4096
 """Values are computed in whole pages of this many: a vectorised function may round the odd
 elements at the end of an array differently, and where an array ends depends on the layout."""
@@ -103,33 +105,6 @@ def _fill_normal(
         whole = values.view(len(block), *shape[1:])
         piece = whole[(slice(None), *(slice(part.start, part.stop) for part in inner))]
         local[first : first + len(block)] = piece
-
-
-def held_part(parameter: Tensor) -> tuple[range, ...]:
-    """Indices of each dim of the whole parameter that this rank holds.
-
-    A parameter is cut by the innermost mesh axis first and FSDP's axis, the outermost, last; each
-    cut is that of `torch.chunk`, so late ranks may get fewer indices or none.
-
-    Args:
-        parameter: a plain tensor, or a DTensor whose every placement shards a dim or replicates.
-    """
-    held = [range(size) for size in parameter.shape]
-    if not isinstance(parameter, DTensor):
-        return tuple(held)
-    mesh = parameter.device_mesh
-    coordinate = mesh.get_coordinate()
-    assert coordinate is not None, "this rank is not on the parameter's mesh"
-    for axis in reversed(range(mesh.ndim)):
-        placement = parameter.placements[axis]
-        if placement.is_replicate():
-            continue
-        # FSDP's placement next to another one is a private class that also has `dim`.
-        dim = getattr(placement, "dim", None)
-        assert isinstance(dim, int), f"{placement} is not a sharding"
-        size = math.ceil(len(held[dim]) / mesh.size(axis))
-        held[dim] = held[dim][coordinate[axis] * size : (coordinate[axis] + 1) * size]
-    return tuple(held)
 
 
 def standard_normal(seed: int, name: str, start: int, stop: int) -> Float[Tensor, "elements"]:

@@ -43,6 +43,8 @@ class ParallelLayout:
     context: int = 1
     tensor: int = 1
     expert: int = 1
+    whole_experts: bool = False
+    """Every rank keeps its experts whole, instead of sharding them over those that hold the same."""
 
     @classmethod
     def from_config(cls, config: ParallelConfig) -> "ParallelLayout":
@@ -54,6 +56,7 @@ class ParallelLayout:
             context=config.context_parallel_size,
             tensor=config.tensor_parallel_size,
             expert=config.expert_parallel_size,
+            whole_experts=config.expert_sharding == "replicate",
         )
 
     @property
@@ -76,7 +79,10 @@ class ParallelLayout:
         """Copies of the experts' parameters: those of the other parameters where they divide.
 
         Expert groups that span copies leave none to keep apart, and the experts are sharded over all.
+        Whole experts are as many copies as there are ranks that hold them.
         """
+        if self.whole_experts:
+            return self.expert_data_parallel_size
         per_copy = self.stage_size // self.data_replicate
         return self.data_replicate if per_copy % self.expert == 0 else 1
 

@@ -32,8 +32,8 @@ class Meshes:
     ep: DeviceMesh
     """Ranks that hold different experts."""
     expert_shard: DeviceMesh
-    """Ranks over which the parameters of the same experts are sharded: edp. With replication that
-    divides into it, two-dimensional: (replicas, edp)."""
+    """Ranks over which the parameters of the same experts are sharded: edp. Where there are copies of
+    them (`ParallelLayout.expert_replicate`) two-dimensional: (copies, shards), row-major over edp."""
     tensor_shard: DeviceMesh
     """Ranks over which tensor-parallel parameters are sharded: dp_shard x cp. With replication
     two-dimensional: (dp_replicate, dp_shard x cp)."""

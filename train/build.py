@@ -117,6 +117,7 @@ def build(config: RunConfig) -> Training:
         parameter_roles(model),
         config.optim,
         iteration_dtype=_DTYPES[config.train.dtype],
+        stage=meshes.stage.get_group(),
     )
     return Training(
         config=config,

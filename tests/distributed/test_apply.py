@@ -40,12 +40,20 @@ class Case:
     microbatches: int = 1
     reshard: bool = True
     permute: Literal["auto", "megatron"] = "auto"
+    copies: int = 1
+    whole_experts: bool = False
+
+    @property
+    def ranks(self) -> int:
+        return self.copies * self.data
 
     @property
     def config(self) -> ParallelConfig:
         return ParallelConfig(
             data_parallel_size=self.data,
+            data_replicate_parallel_size=self.copies,
             expert_parallel_size=self.expert,
+            expert_sharding="replicate" if self.whole_experts else "shard",
             reshard_after_forward=self.reshard,
             kernels=KernelConfig(permute=self.permute),
         )
@@ -60,6 +68,23 @@ CASES = [
     Case(2, expert=2, microbatches=4),
     Case(4, expert=2, num_experts=6, microbatches=2),
     Case(4, expert=4),
+    Case(2, expert=2, num_experts=6, microbatches=2, copies=2),
+    Case(1, expert=2, copies=2, reshard=False),
+    Case(4, expert=2, microbatches=2, whole_experts=True),
+    *(
+        pytest.param(case, marks=pytest.mark.slow)
+        for case in (
+            # Ranks without an expert.
+            Case(4, num_experts=2),
+            Case(4, num_experts=2, whole_experts=True),
+            Case(2, microbatches=2, copies=2),
+            Case(1, num_experts=6, copies=3, microbatches=2),
+            Case(2, expert=2, copies=4),
+            Case(4, expert=8, num_experts=8, copies=2),
+            Case(4, expert=2, num_experts=6, copies=2, whole_experts=True),
+            Case(4, num_experts=6, reshard=False, whole_experts=True),
+        )
+    ),
 ]
 
 
@@ -103,8 +128,8 @@ def train(rank: int, case: Case, dtype: torch.dtype, param_dtype: torch.dtype) -
         ids, labels = toy.batch(step)
         valid = (labels >= 0).sum()
         parts = [
-            (ids.chunk(case.data)[rank].chunk(case.microbatches)[i], y)
-            for i, y in enumerate(labels.chunk(case.data)[rank].chunk(case.microbatches))
+            (ids.chunk(case.ranks)[rank].chunk(case.microbatches)[i], y)
+            for i, y in enumerate(labels.chunk(case.ranks)[rank].chunk(case.microbatches))
         ]
         loss = torch.zeros((), dtype=torch.promote_types(dtype, torch.float32))
         for index, (x, y) in enumerate(parts):
@@ -137,7 +162,7 @@ def reference(num_experts: int) -> toy.Trace:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_layout_trains_as_one_rank(case: Case) -> None:
     expected = reference(case.num_experts)
-    traces = run_distributed(train, case.data, case, torch.float64, torch.float64)
+    traces = run_distributed(train, case.ranks, case, torch.float64, torch.float64)
     for trace in traces:
         assert trace["norms"] == traces[0]["norms"]
         np.testing.assert_allclose(trace["losses"], expected.losses, rtol=1e-12)
@@ -208,9 +233,10 @@ def test_bf16_computes_in_bf16_except_fp32_modules_and_stores_fp32() -> None:
         assert len(types["seen"]) == 2 + 2 * 6
 
 
-def test_bf16_follows_the_fp32_loss() -> None:
+@pytest.mark.parametrize("case", [Case(2, expert=2), Case(1, copies=2)], ids=str)
+def test_bf16_follows_the_fp32_loss(case: Case) -> None:
     traces = [
-        run_distributed(train, 2, Case(2, expert=2), torch.float32, dtype)[0]
+        run_distributed(train, 2, case, torch.float32, dtype)[0]
         for dtype in (torch.float32, torch.bfloat16)
     ]
     # bf16 keeps 8 bits, and the loss averages many roundings of 2^-9.
@@ -237,8 +263,12 @@ def load(rank: int, path: Path, case: Case) -> dict[str, NDArray[Any]]:
 
 def test_checkpoint_moves_between_layouts(tmp_path: Path) -> None:
     saved = run_distributed(save, 4, tmp_path)[0]
-    for case in (Case(1, num_experts=6), Case(2, num_experts=6), Case(2, 2, num_experts=6)):
-        for loaded in run_distributed(load, case.data, tmp_path, case):
+    for case in (
+        Case(1, num_experts=6),
+        Case(2, num_experts=6),
+        Case(2, 2, num_experts=6, copies=2),
+    ):
+        for loaded in run_distributed(load, case.ranks, tmp_path, case):
             assert loaded.keys() == saved.keys()
             for name, value in saved.items():
                 np.testing.assert_array_equal(loaded[name], value, err_msg=name)

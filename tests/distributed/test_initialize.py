@@ -86,6 +86,7 @@ def filled(rank: int, layout: ParallelLayout) -> dict[str, NDArray[Any]]:
         ParallelLayout(data=2, tensor=2, expert=2),
         ParallelLayout(tensor=4, expert=2),
         ParallelLayout(data_replicate=2, tensor=2),
+        ParallelLayout(data=4, expert=2, whole_experts=True),
     ],
     ids=str,
 )

@@ -26,6 +26,7 @@ def layouts(draw: st.DrawFn) -> ParallelLayout:
         context=context,
         tensor=tensor,
         expert=draw(st.sampled_from(divisors)),
+        whole_experts=draw(st.booleans()),
     )
 
 
@@ -69,6 +70,28 @@ def test_expert_groups_lie_within_a_stage_and_are_consecutive(layout: ParallelLa
         assert len({layout.coordinates(rank)["pp"] for rank in group}) == 1
     product = layout.expert * layout.expert_data_parallel_size * layout.pipeline
     assert product == layout.world_size
+
+
+@settings(max_examples=25, deadline=None)
+@given(layouts())
+def test_copies_of_experts_are_equal_and_lie_within_those_of_all_parameters(
+    layout: ParallelLayout,
+) -> None:
+    copies = layout.expert_replicate
+    for group in layout.groups("edp"):
+        assert len(group) % copies == 0
+        size = len(group) // copies
+        of_rank = [layout.coordinates(rank)["dp_replicate"] for rank in group]
+        for first in range(0, len(group), size):
+            assert copies == 1 or len(set(of_rank[first : first + size])) == 1
+    if not layout.whole_experts:
+        assert copies in (1, layout.data_replicate)
+        # Copies are given up only where a copy of the ranks has no room for all experts.
+        spanned = any(
+            len({layout.coordinates(rank)["dp_replicate"] for rank in group}) > 1
+            for group in layout.groups("ep")
+        )
+        assert (copies == layout.data_replicate) == (not spanned or layout.data_replicate == 1)
 
 
 @settings(max_examples=25, deadline=None)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from train.config import OptimConfig
@@ -20,6 +21,7 @@ def build_optimizer(
     config: OptimConfig,
     *,
     iteration_dtype: torch.dtype,
+    stage: dist.ProcessGroup | None = None,
 ) -> Optimizers:
     """Share the parameters out as the papers do.
 
@@ -37,6 +39,7 @@ def build_optimizer(
         roles: of `train.model.roles`.
         config: choices, rates and decay.
         iteration_dtype: type of Muon's Newton-Schulz iteration.
+        stage: the ranks that hold these parameters, copies included; None without DTensors.
     """
     muon: list[str] = []
     tables: list[str] = []
@@ -59,6 +62,7 @@ def build_optimizer(
                 momentum=config.momentum,
                 update_rms=config.update_rms,
                 dtype=iteration_dtype,
+                stage=stage,
             )
         )
     if tables:
@@ -68,6 +72,7 @@ def build_optimizer(
                 lr=config.learning_rate,
                 momentum=config.momentum,
                 update_rms=config.update_rms,
+                stage=stage,
             )
         )
     if adamw:

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from parallel.collectives import sum_over
-from train.optim.rounds import Matrix, local_part
+from train.optim.rounds import holders, local_part
 
 _NORMALIZATIONS = 11
 """K of algorithm 1: rows and columns in turn, rows first and last."""
@@ -31,10 +31,11 @@ class SinkhornMomentum(torch.optim.Optimizer):
 
     Args:
         groups: `params` and `learning_rate_multiplier`. Parameters are `[rows, n]`, plain or DTensors
-            sharded on dim 0 over a one-dimensional mesh.
+            cut by rows over the ranks of `stage`, in one copy or several.
         lr: learning rate; `set_learning_rate` changes it.
         momentum: beta.
         update_rms: gamma.
+        stage: the ranks that hold the model, or a pipeline's stage of it; None without DTensors.
     """
 
     def __init__(
@@ -44,9 +45,10 @@ class SinkhornMomentum(torch.optim.Optimizer):
         lr: float,
         momentum: float,
         update_rms: float,
+        stage: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__([dict(group) for group in groups], {"lr": lr})
-        self._momentum, self._update_rms = momentum, update_rms
+        self._momentum, self._update_rms, self._stage = momentum, update_rms, stage
         for group in self.param_groups:
             for parameter in group["params"]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
@@ -66,7 +68,9 @@ class SinkhornMomentum(torch.optim.Optimizer):
         momentum.lerp_(gradient, 1.0 - self._momentum)
         direction = gradient.lerp(momentum, self._momentum)
         rows, width = parameter.shape
-        balance_(direction, rows, Matrix(parameter, 0, rows).group)
+        group, spread = holders(parameter, self._stage)
+        assert 1 not in spread.cuts, f"{spread}: a table is cut by rows"
+        balance_(direction, rows, group, copies=spread.copies)
         local_part(parameter).add_(direction, alpha=-self._update_rms * lr * width**0.5)
 
 
@@ -74,6 +78,8 @@ def balance_(
     matrix: Float[Tensor, "local_rows width"],
     num_rows: int,
     group: dist.ProcessGroup | None = None,
+    *,
+    copies: int = 1,
 ) -> None:
     """Give all rows norm 1 and all columns nearly the same norm, in place: `diag(r) matrix diag(c)`.
 
@@ -87,9 +93,11 @@ def balance_(
         matrix: this rank's rows.
         num_rows: rows of the whole matrix.
         group: the ranks that share the rows; None if they are all here.
+        copies: how often the group holds each row. The sums go over all copies and not within one,
+            so that their rounding, too, is the same everywhere.
     """
     norms = torch.linalg.vector_norm(matrix, dim=1)
-    mean = _sum(norms.sum(), group) / num_rows
+    mean = _sum(norms.sum(), group) / (num_rows * copies)
     # Squares of tiny gradients would underflow; only ratios matter.
     matrix.mul_(torch.where(norms > _THRESHOLD * mean, 1.0 / mean, 0.0).unsqueeze(1))
     squares = matrix.square()

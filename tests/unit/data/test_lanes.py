@@ -98,13 +98,16 @@ def test_ranks_share_the_lanes_in_order(lanes: int, size: int) -> None:
         (10, 4, None, ["train.global_batch_size=10: .* use 8 or 12"]),
         (2, 4, None, ["train.global_batch_size=2: .* use 4$"]),
         (16, 4, 12, ["data.num_lanes=12: .* use 8 or 16"]),
-        (16, 8, 4, ["parallel.data_parallel_size=8: .* use 4$"]),
+        (16, 8, 4, [r"parallel.data_parallel_size\*data_replicate=8: .* use 4$"]),
         (12, 5, 5, ["data.num_lanes=5: must divide train.global_batch_size=12; use null, and"]),
         (
             12,
             3,
             8,
-            ["data.num_lanes=8: .* use 6 or 12", "parallel.data_parallel_size=3: .* 2 or 4"],
+            [
+                "data.num_lanes=8: .* use 6 or 12",
+                r"data_parallel_size\*data_replicate=3: .* 2 or 4",
+            ],
         ),
         (0, 1, None, ["must be at least 1"]),
         (4, 1, 0, ["data.num_lanes=0: must be at least 1"]),

@@ -122,7 +122,7 @@ def test_rules_across_parts_are_reported_beside_wrong_keys() -> None:
         "model.mtp_depth=2",
     ]
     assert found[2] == (
-        "world size = data x tensor x pipeline x context = 4, but --nproc 8; "
+        "world size = data x data_replicate x tensor x pipeline x context = 4, but --nproc 8; "
         "use --nproc 4 or parallel.data_parallel_size=8"
     )
 

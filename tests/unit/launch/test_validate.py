@@ -229,6 +229,24 @@ def test_a_broken_rule(nano: RunConfig, values: dict[str, Any], start: str, fix:
     assert fix in problem
 
 
+def test_copies_of_the_parameters_see_sequences_of_their_own(nano: RunConfig) -> None:
+    ranks = "parallel.data_parallel_size*data_replicate=12"
+    copied = changed(nano, parallel__data_replicate_parallel_size=3)
+    found = validate(copied, nproc=4)
+    assert [problem.partition("; use ")[0] for problem in found] == [
+        f"train.global_batch_size=16: must be a multiple of {ranks}",
+        f"evaluate.num_sequences=32: must be a multiple of {ranks}",
+        "world size = data x data_replicate x tensor x pipeline x context = 12, but --nproc 4",
+    ]
+    fixed = changed(copied, train__global_batch_size=24, evaluate__num_sequences=36)
+    [problem] = validate(fixed)
+    assert problem.startswith(f"train.micro_batch_size=4: times {ranks} must divide")
+    assert validate(changed(fixed, train__micro_batch_size=2), nproc=12) == []
+    lanes = changed(fixed, train__micro_batch_size=2, data__num_lanes=8)
+    [problem] = validate(lanes)
+    assert problem.endswith(f"be a multiple of {ranks}; use 12, 24 or null")
+
+
 @pytest.mark.parametrize("axis", ["pipeline"])
 def test_an_axis_that_is_not_there_is_refused_by_name(nano: RunConfig, axis: str) -> None:
     [problem] = validate(changed(nano, **{f"parallel__{axis}_parallel_size": 2}))

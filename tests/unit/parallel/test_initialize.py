@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallel.initialize import Init, fill_parameters, held_part, standard_normal
+from parallel.initialize import Init, fill_parameters, standard_normal
+from parallel.shards import held_part
 
 
 def test_any_slice_equals_the_whole() -> None:

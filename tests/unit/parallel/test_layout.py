@@ -8,15 +8,20 @@ from parallel.layout import SEQUENCE_AXES, ParallelLayout
 def test_from_config_takes_every_size() -> None:
     config = ParallelConfig(
         data_parallel_size=2,
+        data_replicate_parallel_size=4,
         tensor_parallel_size=3,
         pipeline_parallel_size=5,
         context_parallel_size=7,
         expert_parallel_size=6,
+        expert_sharding="replicate",
     )
     layout = ParallelLayout.from_config(config)
-    assert layout == ParallelLayout(data=2, tensor=3, pipeline=5, context=7, expert=6)
-    assert layout.world_size == 2 * 3 * 5 * 7
-    assert layout.expert_data_parallel_size == 7
+    assert layout == ParallelLayout(
+        data=2, data_replicate=4, tensor=3, pipeline=5, context=7, expert=6, whole_experts=True
+    )
+    assert layout.world_size == 4 * 2 * 3 * 5 * 7
+    assert layout.expert_data_parallel_size == 4 * 7
+    assert layout.data_parallel_size == 8
 
 
 def test_groups_of_an_example_worked_by_hand() -> None:
@@ -27,6 +32,14 @@ def test_groups_of_an_example_worked_by_hand() -> None:
     assert layout.groups(*SEQUENCE_AXES) == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert layout.groups("ep") == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert layout.groups("edp") == [[0, 4], [1, 5], [2, 6], [3, 7]]
+
+
+def test_copies_of_experts() -> None:
+    assert ParallelLayout(data_replicate=2, data=4, expert=4).expert_replicate == 2
+    # The expert groups of 8 ranks span both copies of 4.
+    assert ParallelLayout(data_replicate=2, data=4, expert=8).expert_replicate == 1
+    assert ParallelLayout(data=8, expert=2, whole_experts=True).expert_replicate == 4
+    assert ParallelLayout(data=8, expert=2).expert_replicate == 1
 
 
 def test_problem_says_what_to_type() -> None:

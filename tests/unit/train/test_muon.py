@@ -80,7 +80,7 @@ def test_fused_matrices_are_taken_apart() -> None:
 def test_experts_and_their_gates_and_ups_are_matrices_of_their_own(
     monkeypatch: pytest.MonkeyPatch, at_once: int
 ) -> None:
-    monkeypatch.setattr("train.optim.muon.ROUND_ELEMENTS", at_once)
+    monkeypatch.setattr(rounds, "ROUND_ELEMENTS", at_once)
     experts, _ = trained((3, 8, 5), (4, 4))
     source = gradients(3, 8, 5)
     parts = [next(source) for _ in range(3)]
