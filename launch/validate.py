@@ -15,6 +15,7 @@ from parallel.layout import ParallelLayout
 from parallel.runs import length_problem
 from train.config import RunConfig
 from train.model.rules import tensor_parallel_violations, violations
+from train.pipeline_rules import problems as pipeline_problems
 from train.recipe import from_plain, to_plain
 from train.stages import phases, problems
 
@@ -340,6 +341,10 @@ def _stages(config: RunConfig) -> Problems:
     yield from problems(config)
 
 
+def _pipeline(config: RunConfig) -> Problems:
+    yield from pipeline_problems(config)
+
+
 _RULES: list[Rule] = [
     _name,
     _layout,
@@ -348,6 +353,7 @@ _RULES: list[Rule] = [
     _model,
     _recompute,
     _stages,
+    _pipeline,
     _batch,
     _ramp,
     _lanes,

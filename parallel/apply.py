@@ -67,6 +67,9 @@ class ModelParts:
     """Modules whose parameters all have the experts as dim 0."""
     dispatch_sites: Sequence[DispatchSite]
     """The layers that call the expert modules."""
+    num_experts: int
+    """Routed experts of such a layer, 1 if the whole model has none: a pipeline stage may have none
+    where others do."""
     sequence_site: SequenceSite | None = None
     """None: the model computes whole sequences on every rank."""
     column_parallel: Sequence[nn.Module] = ()
@@ -151,9 +154,7 @@ def set_gradient_sync(root: nn.Module, on: bool) -> None:
 
 def _check(parts: ModelParts, layout: ParallelLayout) -> None:
     """Raise everything that is wrong at once, on all ranks alike, before any collective."""
-    experts = {site.num_experts for site in parts.dispatch_sites} or {1}
-    problems = {line: None for count in sorted(experts) for line in layout.problems(count)}
-    if problems:
+    if problems := layout.problems(parts.num_experts):
         raise ValueError("\n".join(problems))
 
 

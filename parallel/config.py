@@ -7,6 +7,9 @@ from pydantic import ConfigDict
 
 ContextSplit = Literal["zigzag", "contiguous"]
 ExpertSharding = Literal["shard", "replicate"]
+PipelineSchedule = Literal[
+    "1f1b", "interleaved_1f1b", "looped_bfs", "interleaved_zero_bubble", "zbv", "dualpipev"
+]
 BackendName = Literal["auto", "cpu", "cuda", "ascend", "cambricon", "dry"]
 
 
@@ -39,6 +42,18 @@ class ParallelConfig:
     gathering of parameters stays within one. Their ranks see different sequences, too."""
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
+    """Ranks that hold different layers. The other pipeline keys say how; unused with 1."""
+    pipeline_schedule: PipelineSchedule = "1f1b"
+    """Order of the microbatches' forward and backward passes. 1f1b: one of each in turn;
+    interleaved_1f1b and looped_bfs: with several stages on a rank, by microbatch or by stage;
+    interleaved_zero_bubble, zbv and dualpipev: gradients of weights are computed later than those
+    of inputs, in what would be waiting time. zbv and dualpipev place two stages on a rank, in a V:
+    the first rank has the first stage and the last."""
+    pipeline_stages_per_rank: int = 1
+    """Stages on a rank: 1 with 1f1b, 2 with zbv and dualpipev."""
+    pipeline_layers: tuple[int, ...] | None = None
+    """Layers of each stage, in order; null: even, with one more in the first stages. The first stage
+    also has the embedding and the vision tower, the last one the head and MTP."""
     context_parallel_size: int = 1
     context_split: ContextSplit = "zigzag"
     """Which tokens of a sequence a context-parallel rank computes: the i-th of as many pieces as
@@ -54,7 +69,8 @@ class ParallelConfig:
     """How tokens reach their experts: torch's collectives, or DeepEP (CUDA and bf16 only)."""
     kernels: KernelConfig = field(default_factory=KernelConfig)
     reshard_after_forward: bool = True
-    """True frees gathered parameters after the forward pass (ZeRO-3); False keeps them (ZeRO-2)."""
+    """True frees gathered parameters after the forward pass (ZeRO-3); False keeps them (ZeRO-2).
+    Must be false with interleaved_zero_bubble, zbv and dualpipev."""
     backend: BackendName = "auto"
     """Device and collectives; the environment variable MNEME_BACKEND overrides."""
     timeout_seconds: float = 600.0

@@ -164,11 +164,6 @@ class ParallelLayout:
             for name, size in sizes.items()
             if size < 1
         ]
-        if self.pipeline > 1:
-            found.append(
-                f"parallel.pipeline_parallel_size={self.pipeline}: this version has no pipeline "
-                "parallelism; use 1"
-            )
         if min(sizes.values()) >= 1:
             found += self._expert_problems(num_experts or 1)
         return found

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_common import (
     FSDPMeshInfo,
     HSDPMeshInfo,
@@ -44,6 +45,23 @@ def find_cpp_compiler() -> str | None:
         return get_cpp_compiler()
     except InvalidCxxCompiler:
         return None
+
+
+def accumulate_in_reduce_dtype(root: nn.Module) -> None:
+    """Add the parameters' gradients to FSDP2's sums over microbatches, as its own hooks do.
+
+    Those see every backward pass through a module, but not gradients that are put in place later.
+
+    Args:
+        root: the module of a `fully_shard` call; others inside it are included.
+    """
+    for module in root.modules():
+        if not isinstance(module, FSDPModule):
+            continue
+        for group in fully_shard.state(module)._fsdp_param_groups:  # type: ignore[attr-defined]
+            for parameter in group.fsdp_params:
+                parameter.accumulate_unsharded_grad_if_needed()
+                parameter.to_accumulated_grad_if_needed()
 
 
 def place_tensor_parallel(

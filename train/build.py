@@ -20,6 +20,8 @@ from parallel.cross_entropy import CrossEntropy
 from parallel.initialize import fill_parameters
 from parallel.layout import ParallelLayout
 from parallel.mesh import Meshes, build_mesh
+from parallel.pipeline import Pipeline
+from parallel.pipeline_stages import PipelineStages
 from parallel.torch_compat import find_cpp_compiler
 from train.config import RunConfig
 from train.model.config import ModelConfig
@@ -30,6 +32,8 @@ from train.model.rules import tensor_parallel_violations
 from train.model.transformer import Transformer
 from train.optim.build import build_optimizer
 from train.optim.optimizers import Optimizers
+from train.pipeline_rules import problems
+from train.rank_model import RankModel
 from train.stages import Phase, phases
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -43,7 +47,9 @@ class Training:
     backend: Backend
     device: torch.device
     meshes: Meshes
-    model: Transformer
+    model: RankModel
+    pipeline: Pipeline | None
+    """What runs the stages of the model; None without pipeline parallelism."""
     optimizer: Optimizers
     cross_entropy: CrossEntropy
     data_rank: int
@@ -54,6 +60,11 @@ class Training:
     def phase(self, step: int) -> Phase:
         """What batches optimizer step `step` trains on."""
         return next(phase for phase in phases(self.config) if step <= phase.last_step)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Type of activations and gathered parameters."""
+        return _DTYPES[self.config.train.dtype]
 
     @property
     def loss_dtype(self) -> torch.dtype:
@@ -82,9 +93,9 @@ def build(config: RunConfig) -> Training:
     whose values depend on the seed and the parameter's name, not on the layout.
 
     Raises:
-        ValueError: the layout does not fit the model or the number of ranks that were started, the
-            model's vocabulary not the corpus, or the model's compiled parts or a kernel not this
-            machine.
+        ValueError: the recipe does not fit the number of ranks that were started, the layout not the
+            model, the model's vocabulary not the corpus, or the model's compiled parts or a kernel
+            not this machine.
         RuntimeError: a backend or kernel of the recipe cannot be used here.
     """
     if (tokens := vocab_size(config.data)) > config.model.vocab_size:
@@ -100,7 +111,8 @@ def build(config: RunConfig) -> Training:
             f"parallel: the sizes multiply to {layout.world_size} ranks, but {world_size} were "
             f"started; start {layout.world_size}"
         )
-    if found := tensor_parallel_violations(config.model, layout.tensor):
+    found = [*tensor_parallel_violations(config.model, layout.tensor), *problems(config)]
+    if found:
         raise ValueError("\n".join(found))
     device = backend.device(int(os.environ["LOCAL_RANK"]))
     check_compiler(config.model, device)
@@ -114,7 +126,7 @@ def build(config: RunConfig) -> Training:
     model = build_model(config, layout, meshes, device)
     optimizer = build_optimizer(
         dict(model.named_parameters()),
-        parameter_roles(model),
+        {name: role for stage in model.stages for name, role in parameter_roles(stage).items()},
         config.optim,
         iteration_dtype=_DTYPES[config.train.dtype],
         stage=meshes.stage.get_group(),
@@ -125,6 +137,7 @@ def build(config: RunConfig) -> Training:
         device=device,
         meshes=meshes,
         model=model,
+        pipeline=build_pipeline(config, meshes, model, device),
         optimizer=optimizer,
         cross_entropy=kernels.cross_entropy,
         data_rank=layout.data_rank(dist.get_rank()),
@@ -148,11 +161,39 @@ def check_compiler(model: ModelConfig, device: torch.device) -> None:
 
 def build_model(
     config: RunConfig, layout: ParallelLayout, meshes: Meshes, device: torch.device
+) -> RankModel:
+    """This rank's shards of the model or of its stages, at their initial values."""
+    stages = PipelineStages.from_config(config.parallel, config.model.num_layers)
+    own = [stages.layers[index] for index in stages.of_rank(meshes.pp.get_local_rank())]
+    return RankModel([build_stage(config, layers, layout, meshes, device) for layers in own])
+
+
+def build_pipeline(
+    config: RunConfig, meshes: Meshes, model: RankModel, device: torch.device
+) -> Pipeline | None:
+    """What runs the stages of the model; None if the model is whole."""
+    if config.parallel.pipeline_parallel_size == 1:
+        return None
+    return Pipeline(
+        PipelineStages.from_config(config.parallel, config.model.num_layers),
+        model.stages,
+        config.parallel.pipeline_schedule,
+        group=meshes.pp.get_group(),
+        device=device,
+    )
+
+
+def build_stage(
+    config: RunConfig,
+    layers: range,
+    layout: ParallelLayout,
+    meshes: Meshes,
+    device: torch.device,
 ) -> Transformer:
-    """This rank's shards of the model, at their initial values."""
+    """This rank's shards of these layers and what belongs to them, at their initial values."""
     master_dtype = torch.float64 if config.train.dtype == "fp64" else torch.float32
     with torch.device("meta"):
-        model = Transformer(config.model).to(master_dtype)
+        model = Transformer(config.model, layers).to(master_dtype)
     model.recompute(config.train.recompute)
     inits = parameter_init(model)
     apply_parallelism(

@@ -8,7 +8,8 @@ import torch.distributed as dist
 from data.loader import build_loader
 from train.build import Training
 from train.metrics import Record
-from train.step import check_batch, split, token_losses
+from train.microbatches import forward, split
+from train.step import check_batch
 
 
 @torch.no_grad()
@@ -33,10 +34,10 @@ def evaluate(training: Training) -> Record:
     check_batch(training, batch)
     training.model.eval()
     sums = torch.zeros(2, dtype=training.sum_dtype, device=training.device)
-    for microbatch in split(batch, config.train.micro_batch_size):
-        sums[0] += token_losses(training, microbatch)[0]
+    sums[0] = forward(training, split(batch, config.train.micro_batch_size))[0]
     labels = training.model.split.of(batch.labels.shape[1]).take(batch.labels)
-    sums[1] += (labels >= 0).sum()
+    # Every stage of a pipeline counts them.
+    sums[1] = (labels >= 0).sum() / training.meshes.pp.size()
     dist.all_reduce(sums)
     total, tokens = sums.tolist()
     return {"validation/loss": total / max(1.0, tokens)}

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from train.config import BatchSizeRampConfig, RunConfig, StageConfig
 from train.model.attention.config import IndexerStage
-from train.model.config import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,14 +80,6 @@ def ramp_steps(ramp: BatchSizeRampConfig, full: int) -> Iterator[tuple[int, int]
         consumed += steps * size
 
 
-def has_indexer(model: ModelConfig) -> bool:
-    """Whether some layer selects keys by an indexer."""
-    if model.attention == "v4_hybrid":
-        used = model.compressed.compress_ratios[: model.num_layers + model.mtp_depth]
-        return model.compressed.csa_ratio in used
-    return model.attention == "dsa"
-
-
 def problems(config: RunConfig) -> Iterator[str]:
     """What is wrong with the stages and the ramp; the numbers must be positive already."""
     train, ramp = config.train, config.train.batch_size_ramp
@@ -100,7 +91,7 @@ def problems(config: RunConfig) -> Iterator[str]:
                 "a number of steps"
             )
         taken += stage.steps or 0
-        if stage.indexer_stage and not has_indexer(config.model):
+        if stage.indexer_stage and not config.model.num_indexers:
             yield (
                 f"train.stages[{index}].indexer_stage={stage.indexer_stage}: model.attention="
                 f"{config.model.attention} has no indexer; use null, or model.attention=dsa"

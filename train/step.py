@@ -13,10 +13,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from data.loader import Batch
-from parallel.apply import set_gradient_sync
 from parallel.gradients import clip_by_global_norm
 from train.build import Training
 from train.metrics import Record
+from train.microbatches import forward_backward, split
 from train.model.mtp import mtp_labels
 from train.model.multimodal.placeholders import check_images
 from train.monitor.indexer import indexer_metrics
@@ -46,12 +46,7 @@ def train_step(training: Training, batch: Batch, step: int) -> Record:
     set_loss_scales(training, phase.global_batch_size, tokens)
     sums = torch.zeros(3, dtype=training.sum_dtype, device=training.device)
     microbatches = split(batch, phase.micro_batch_size)
-    for index, microbatch in enumerate(microbatches):
-        set_gradient_sync(model, index == len(microbatches) - 1)
-        losses = token_losses(training, microbatch) / valid
-        main, mtp = losses.unbind()
-        (main + mtp_weight * mtp).backward()  # type: ignore[no-untyped-call]
-        sums[:2] += losses.detach()
+    sums[:2] = forward_backward(training, microbatches, valid=valid, mtp_weight=mtp_weight)
     sums[2] = sum(moe.take_balance_loss() for moe in model.moe_layers())
     dist.all_reduce(sums)
     gradient_norm = clip_by_global_norm(
@@ -102,44 +97,11 @@ def check_batch(training: Training, batch: Batch) -> None:
         raise ValueError("\n".join(line for line in found if line))
 
 
-def split(batch: Batch, size: int) -> list[Batch]:
-    """Cut a rank's sequences into microbatches of `size`."""
-    return [
-        Batch(
-            input_ids=batch.input_ids[rows],
-            labels=batch.labels[rows],
-            position_ids=batch.position_ids[rows],
-            document_ids=batch.document_ids[rows],
-            vision=None if batch.vision is None else batch.vision.select(rows),
-        )
-        for rows in (slice(i, i + size) for i in range(0, len(batch.labels), size))
-    ]
-
-
-def token_losses(training: Training, batch: Batch) -> Float[Tensor, "2"]:
-    """This rank's share of the summed cross-entropy of one microbatch.
-
-    Of the next token, and of the token after it (0 without MTP); the shares of all ranks add up.
-    """
-    move, split = training.device, training.model.split
-    labels, documents = batch.labels.to(move), batch.document_ids.to(move)
-    images = None if batch.vision is None else batch.vision.to(move)
-    output = training.model(
-        batch.input_ids.to(move), batch.position_ids.to(move), documents, images
-    )
-    part = split.of(labels.shape[1])
-    main = training.cross_entropy(output.logits, part.take_queries(labels), split.tensor)
-    mtp = torch.zeros_like(main)
-    for logits in output.mtp_logits:
-        further = part.take_queries(mtp_labels(labels, documents))
-        mtp = mtp + training.cross_entropy(logits, further, split.tensor)
-    return torch.stack([main, mtp])
-
-
 def count_labels(training: Training, batch: Batch) -> tuple[Float[Tensor, "2"], float]:
     """Valid labels of the global batch for the main and the MTP loss, at least 1 each; its tokens.
 
-    Communication: one all-reduce of three numbers over the world.
+    Communication: one all-reduce of three numbers over the world, in which every stage of a pipeline
+    counts them.
     """
     part = training.model.split.of(batch.labels.shape[1])
     labels = part.take(batch.labels)
@@ -148,11 +110,14 @@ def count_labels(training: Training, batch: Batch) -> tuple[Float[Tensor, "2"], 
     counts = torch.stack([(labels >= 0).sum(), (further >= 0).sum(), tokens])
     counts = counts.to(training.device, training.sum_dtype)
     dist.all_reduce(counts)
+    counts /= training.meshes.pp.size()
     return counts[:2].clamp(min=1.0).to(training.loss_dtype), counts[2].item()
 
 
 def set_loss_scales(training: Training, sequences: int, tokens: float) -> None:
     """Give every layer with a loss of its own the factor that makes local sums add up to the mean.
+
+    While the model is frozen no router learns, and the balance loss is off.
 
     Args:
         training: its MoE layers and indexers are set.
@@ -160,8 +125,9 @@ def set_loss_scales(training: Training, sequences: int, tokens: float) -> None:
         tokens: of the global batch.
     """
     model, config = training.model, training.config.model
+    weight = 0.0 if model.is_frozen else config.moe.balance_loss_weight
     for moe in model.moe_layers():
-        moe.balance_scale = config.moe.balance_loss_weight / sequences
+        moe.balance_scale = weight / sequences
     for indexer in model.indexers():
         indexer.loss_scale = config.indexer.loss_weight / tokens
 
@@ -184,14 +150,15 @@ def reduce_indexer_sums(training: Training, tokens: float) -> Record:
         training: the sums of its indexers start over.
         tokens: of the global batch.
     """
-    indexers = training.model.indexers()
-    if not indexers or indexers[0].stage == "dense":
+    if training.model.indexer_stage in (None, "dense"):
         return {}
-    sums = torch.stack([indexer.take_sums() for indexer in indexers]).sum(0)
-    sums = sums.to(training.sum_dtype)
+    config = training.config.model
+    sums = torch.zeros(4, dtype=training.sum_dtype, device=training.device)
+    for indexer in training.model.indexers():
+        sums += indexer.take_sums().to(sums)
     dist.all_reduce(sums)
-    loss = training.config.model.indexer.loss_weight * sums[0].item() / tokens
-    return {"loss_indexer": loss} | indexer_metrics(sums, tokens * len(indexers))
+    loss = config.indexer.loss_weight * sums[0].item() / tokens
+    return {"loss_indexer": loss} | indexer_metrics(sums, tokens * config.num_indexers)
 
 
 def update_router_bias(training: Training) -> Record:
@@ -200,16 +167,22 @@ def update_router_bias(training: Training) -> Record:
     While the model is frozen the bias stays, and no load is reported: routers count in backward,
     which then reaches those behind an indexer only.
 
-    Communication: one all-reduce of the token counts [MoE layers, experts] over the world.
+    Communication: one all-reduce of the token counts [MoE layers, experts] over the world, and one
+    of a number over the pipeline.
     """
-    layers = training.model.moe_layers()
-    if not layers:
-        return {}
-    counts = torch.stack([moe.take_load_counts() for moe in layers])
-    if training.model.is_frozen:
+    config, layers = training.config.model, training.model.moe_layers()
+    # Those of other stages stay 0 here.
+    shape = (config.num_moe_layers, config.moe.num_experts)
+    counts = torch.zeros(shape, dtype=torch.int64, device=training.device)
+    for moe in layers:
+        counts[moe.place] = moe.take_load_counts()
+    if training.model.is_frozen or not config.num_moe_layers:
         return {}
     dist.all_reduce(counts)
-    for moe, layer_counts in zip(layers, counts, strict=True):
-        moe.router.update_bias(layer_counts)
-    biases = [moe.expert_bias for moe in layers]
-    return routing_metrics(counts, [bias for bias in biases if bias is not None])
+    largest = torch.tensor(-1.0, dtype=training.sum_dtype, device=training.device)
+    for moe in layers:
+        moe.router.update_bias(counts[moe.place])
+        if moe.expert_bias is not None:
+            largest = torch.maximum(largest, moe.expert_bias.abs().amax().to(largest))
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=training.meshes.pp.get_group())
+    return routing_metrics(counts, largest.item() if largest >= 0 else None)

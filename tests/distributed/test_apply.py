@@ -292,7 +292,6 @@ def refuse(rank: int, config: ParallelConfig, message: str) -> None:
     ("axis", "config"),
     [
         ("tensor", ParallelConfig(tensor_parallel_size=2)),
-        ("pipeline", ParallelConfig(pipeline_parallel_size=2)),
         ("context", ParallelConfig(context_parallel_size=2)),
     ],
 )

@@ -108,6 +108,7 @@ class Toy(nn.Module):
             blocks=self.blocks(),
             expert_modules=[block.experts for block in self.blocks()],
             dispatch_sites=self.blocks(),
+            num_experts=self.blocks()[0].num_experts,
             fp32_modules=[[block.scale, block.router] for block in self.blocks()],
         )
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
@@ -33,6 +33,7 @@ from train.checkpoint.commit import (
     remove_old,
 )
 from train.optim.optimizers import Optimizers
+from train.rank_model import RankModel
 
 FORMAT_VERSION = 1
 
@@ -50,7 +51,7 @@ class Progress:
 
 def save(
     run_dir: Path,
-    model: nn.Module,
+    model: RankModel,
     optimizer: Optimizers,
     progress: Progress,
     *,
@@ -117,7 +118,7 @@ def write_meta(
 
 def restore(
     run_dir: Path,
-    model: nn.Module,
+    model: RankModel,
     optimizer: Optimizers,
     lanes: Iterable[str],
     *,
@@ -165,7 +166,7 @@ def restore(
     return Progress(step=step, tokens=meta["tokens"], data_state=positions)
 
 
-def _tensors(model: nn.Module, optimizer: Optimizers) -> dict[str, Any]:
+def _tensors(model: RankModel, optimizer: Optimizers) -> dict[str, Any]:
     """The live tensors by their global names; DCP loads into them in place."""
     state = _weights(model)
     for name, parameter in model.named_parameters():
@@ -174,7 +175,7 @@ def _tensors(model: nn.Module, optimizer: Optimizers) -> dict[str, Any]:
     return state
 
 
-def _weights(model: nn.Module) -> dict[str, Any]:
+def _weights(model: RankModel) -> dict[str, Any]:
     """Parameters and persistent buffers."""
     named = dict(model.named_parameters())
     state: dict[str, Any] = {f"model.{name}": parameter for name, parameter in named.items()}

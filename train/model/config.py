@@ -115,3 +115,16 @@ class ModelConfig:
     """Added to the mean square in every RMSNorm."""
     initializer_range: float = 0.02
     """Standard deviation of the weight matrices at the start."""
+
+    @property
+    def num_moe_layers(self) -> int:
+        """Blocks with a mixture of experts, those of MTP included."""
+        return self.num_layers - self.num_dense_layers + self.mtp_depth
+
+    @property
+    def num_indexers(self) -> int:
+        """Blocks that select keys by an indexer, those of MTP included."""
+        blocks = self.num_layers + self.mtp_depth
+        if self.attention == "v4_hybrid":
+            return self.compressed.compress_ratios[:blocks].count(self.compressed.csa_ratio)
+        return blocks if self.attention == "dsa" else 0

@@ -1,9 +1,10 @@
 """The residual streams between sub-layers: what enters, travels through and leaves the blocks.
 
 `Streams` is the one thing that blocks hand on, whatever the kind of residual, and therefore also
-what a pipeline stage sends to the next.
+what a pipeline stage sends to the next: see `Handover`.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -46,6 +47,39 @@ class Streams(NamedTuple):
     def without_segment(self) -> "Streams":
         """The same, kept by whoever reads them."""
         return self._replace(segment=None)
+
+
+class Handover(NamedTuple):
+    """What a pipeline stage hands to the next, for the rank's part of the tokens."""
+
+    streams: Streams
+    next_embeddings: tuple[Float[Tensor, "batch part hidden"], ...] = ()
+    """Embedding of token t+1 (t+2, ...) at position t, for each block of MTP. The last stage, which
+    has MTP, has no embedding: the first one looks the vectors up, and they travel along, `hidden`
+    numbers a token beside the n x hidden of the streams, so that no weight exists twice."""
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What crosses: all tensors, in order."""
+        return (*self.streams.tensors(), *self.next_embeddings)
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor], config: ModelConfig) -> "Handover":
+        """The inverse of `tensors`."""
+        count = 2 if config.residual == "mhc_single_pass" else 1
+        return cls(Streams.of(*tensors[:count]), tuple(tensors[count:]))
+
+
+def empty_handover(config: ModelConfig, batch: int, part: int, dtype: torch.dtype) -> Handover:
+    """Shapes and types of what crosses, without data.
+
+    Args:
+        config: the model.
+        batch: sequences of a microbatch.
+        part: tokens of a sequence on this rank.
+        dtype: of the streams.
+    """
+    hidden = torch.empty(batch, part, config.hidden_size, dtype=dtype, device="meta")
+    return Handover(expand_streams(hidden, config), (hidden,) * config.mtp_depth)
 
 
 def num_streams(config: ModelConfig) -> int:

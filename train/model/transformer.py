@@ -1,4 +1,4 @@
-"""The whole model: embedding, blocks, head; built by `train.build`, called by `train.step`.
+"""The whole model: embedding, blocks, head; built by `train.build`, called by `train.microbatches`.
 
 Reads like the papers and knows no ranks. Parallelism is applied from outside to what `parts()`
 names; where communication cannot be avoided an attribute is replaced: `Transformer.split`,
@@ -7,6 +7,7 @@ names; where communication cannot be avoided an attribute is replaced: `Transfor
 
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -31,7 +32,7 @@ from train.model.recompute import segment_length
 from train.model.residual import build_read_out
 from train.model.rotary import axis_positions
 from train.model.rules import violations
-from train.model.streams import expand_streams, num_streams
+from train.model.streams import Handover, expand_streams, num_streams
 from train.model.tensor_parallel import column_parallel, row_parallel
 from train.model.tokens import Tokens
 
@@ -47,39 +48,53 @@ class TransformerOutput:
 
 
 class Transformer(nn.Module):
-    """Decoder with the switches of the V4 stack.
+    """Decoder with the switches of the V4 stack, or some consecutive layers of it: a pipeline stage.
 
-    Blocks are keyed by their global index, so that a parameter has one name in every layout.
-    Parameters are uninitialised: `train.model.initialize` says what they start as.
+    Blocks are keyed by their global index, so that a parameter has one name in every layout. The
+    stage of the first layer has the embedding and the vision tower, that of the last one the head
+    and MTP. Parameters are uninitialised: `train.model.initialize` says what they start as.
+
+    Args:
+        config: the model.
+        layers: of this stage, at least one; None: all.
 
     Raises:
         ValueError: the configuration asks for something that is not there; all rules at once.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    embedding: TokenEmbedding
+    """Of the first stage only."""
+    head: OutputHead
+    """Of the last stage only, as its `read_out` and `norm`."""
+
+    def __init__(self, config: ModelConfig, layers: range | None = None) -> None:
         super().__init__()
         if found := violations(config):
             raise ValueError("\n".join(found))
+        layers = range(config.num_layers) if layers is None else layers
         self.config = config
         self.split = SequenceSplit()
+        self.is_first, self.is_last = layers.start == 0, layers.stop == config.num_layers
         self.blocks_per_segment: int | None = None
         """Keep the streams at every so many blocks only, see `StreamSegment`; None: at all."""
-        self.embedding = TokenEmbedding(config.vocab_size, config.hidden_size)
         self.vision: VisionTower | None = None
-        if config.vision is not None:
+        if self.is_first:
+            self.embedding = TokenEmbedding(config.vocab_size, config.hidden_size)
+        if self.is_first and config.vision is not None:
             self.vision = VisionTower(config.vision, config.hidden_size, config.rms_norm_eps)
-        memories = _build_engrams(config)
-        self.layers = nn.ModuleDict(
-            {str(i): Block(config, i, memories.get(i)) for i in range(config.num_layers)}
-        )
-        self.read_out = build_read_out(config)
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.head = OutputHead(config.hidden_size, config.vocab_size)
+        memories = _build_engrams(config, layers)
+        self.layers = nn.ModuleDict({str(i): Block(config, i, memories.get(i)) for i in layers})
+        if self.is_last:
+            self.read_out = build_read_out(config)
+            self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.head = OutputHead(config.hidden_size, config.vocab_size)
         self.mtp = nn.ModuleList(
             build_mtp(config, Block(config, config.num_layers + depth))
-            for depth in range(config.mtp_depth)
+            for depth in range(config.mtp_depth if self.is_last else 0)
         )
-        if self.indexers():
+        self.indexer_stage: IndexerStage | None = None
+        """None without indexers in any layer of the model."""
+        if config.num_indexers:
             self.set_indexer_stage(config.indexer.stage)
 
     def forward(
@@ -88,33 +103,48 @@ class Transformer(nn.Module):
         position_ids: Int[Tensor, "batch seq"],
         document_ids: Int[Tensor, "batch seq"],
         images: VisionInput | None = None,
-    ) -> TransformerOutput:
-        """Logits of the next tokens.
+        received: Handover | None = None,
+    ) -> TransformerOutput | Handover:
+        """Logits of the next tokens; of a stage that is not the last, what the next one takes.
 
         Args:
             input_ids: tokens of packed documents.
             position_ids: place of each token in its document.
             document_ids: document of each token; no token sees another document.
             images: what the placeholders among the tokens stand for; `check_images` has passed.
+            received: from the stage before; None: this is the first.
         """
-        rows = self._rows(input_ids, images)
-        pair_positions = self._pair_positions(images)
+        pair_positions = self._pair_positions(images, input_ids.device)
         part = self.split.of(input_ids.shape[1])
         tokens = Tokens(input_ids, position_ids, document_ids, part, pair_positions)
-        streams = expand_streams(self._embed(tokens, rows), self.config)
+        streams, next_embeddings = received or self._enter(tokens, images)
         for number, layer in enumerate(self.layers.values()):
             if self.blocks_per_segment and number % self.blocks_per_segment == 0:
                 streams = streams.in_new_segment()
             streams = layer(streams, tokens)
-        streams = streams.without_segment()
-        hidden = self.read_out(streams)
-        logits = self.head(part.gather_queries(self.norm(hidden)))
-        mtp_logits = []
-        for module in self.mtp:
+        left = Handover(streams.without_segment(), next_embeddings)
+        return self._leave(left, tokens) if self.is_last else left
+
+    def _enter(self, tokens: Tokens, images: VisionInput | None) -> Handover:
+        """The embedding in every stream, and those of the further tokens that MTP is told."""
+        rows = self._rows(tokens.input_ids, images)
+        streams = expand_streams(self._embed(tokens, rows), self.config)
+        next_embeddings = []
+        for _ in range(self.config.mtp_depth):
             tokens = tokens.next()
-            rows = None if rows is None else rows.next(document_ids)
-            predicted = module(hidden, streams, self._embed(tokens, rows), tokens)
-            mtp_logits.append(self.head(part.gather_queries(predicted)))
+            rows = None if rows is None else rows.next(tokens.document_ids)
+            next_embeddings.append(self._embed(tokens, rows))
+        return Handover(streams, tuple(next_embeddings))
+
+    def _leave(self, left: Handover, tokens: Tokens) -> TransformerOutput:
+        """Logits of the main model and of MTP."""
+        hidden = self.read_out(left.streams)
+        logits = self.head(tokens.part.gather_queries(self.norm(hidden)))
+        mtp_logits = []
+        for module, embedding in zip(self.mtp, left.next_embeddings, strict=True):
+            tokens = tokens.next()
+            predicted = module(hidden, left.streams, embedding, tokens)
+            mtp_logits.append(self.head(tokens.part.gather_queries(predicted)))
         return TransformerOutput(logits, tuple(mtp_logits))
 
     def _rows(
@@ -130,11 +160,13 @@ class Transformer(nn.Module):
         placeholders = input_ids == self.vision.placeholder_token_id
         return PlacedRows.of(self.vision(patches, grids), placeholders)
 
-    def _pair_positions(self, images: VisionInput | None) -> Int[Tensor, "batch seq pairs"] | None:
+    def _pair_positions(
+        self, images: VisionInput | None, device: torch.device
+    ) -> Int[Tensor, "batch seq pairs"] | None:
         """What each rotary pair turns by; None: by the place in the document."""
-        if self.vision is None or images is None:
+        if self.config.vision is None or images is None:
             return None
-        return axis_positions(images.rope_positions, self.vision.rope_sections)
+        return axis_positions(images.rope_positions.to(device), self.config.vision.rope_sections)
 
     def _embed(self, tokens: Tokens, rows: PlacedRows | None) -> Float[Tensor, "batch part hidden"]:
         """Vectors of this rank's tokens, those of placeholders from the images."""
@@ -171,13 +203,14 @@ class Transformer(nn.Module):
         Raises:
             ValueError: the model's attention has no indexer.
         """
-        indexers = self.indexers()
-        if not indexers:
+        if not self.config.num_indexers:
             raise ValueError(
                 f"model.indexer.stage={stage}: model.attention={self.config.attention} has no "
                 "indexer; use model.attention=dsa, or v4_hybrid with layers of "
                 "model.compressed.csa_ratio"
             )
+        self.indexer_stage = stage
+        indexers = self.indexers()
         for indexer in indexers:
             indexer.stage = stage
         theirs = {id(p) for indexer in indexers for p in indexer.parameters()}
@@ -189,7 +222,7 @@ class Transformer(nn.Module):
     @property
     def is_frozen(self) -> bool:
         """Whether nothing but the indexers learns: also what is not moved by gradients stays."""
-        return any(indexer.stage == "dense_warmup" for indexer in self.indexers())
+        return self.indexer_stage == "dense_warmup"
 
     def engram_layers(self) -> dict[int, Engram]:
         """The memories, by layer index."""
@@ -209,15 +242,18 @@ class Transformer(nn.Module):
         so their inputs must not be cast.
         """
         tower = self.vision.units() if self.vision is not None else ()
+        embedding = self.embedding if self.is_first else None
+        ends = [*([embedding] if embedding else []), *([self.head] if self.is_last else [])]
         return ModelParts(
             root=self,
             blocks=[*tower, *self.layers.values(), *self.mtp],
             expert_modules=[moe.experts for moe in self.moe_layers()],
             dispatch_sites=list(self.moe_layers()),
+            num_experts=self.config.moe.num_experts if self.config.num_moe_layers else 1,
             sequence_site=self,
-            column_parallel=[self.embedding, self.head, *column_parallel(self.blocks())],
+            column_parallel=[*ends, *column_parallel(self.blocks())],
             row_parallel=list(row_parallel(self.blocks())),
-            embedding=self.embedding,
+            embedding=embedding,
             fp32_modules=[
                 *(group for block in self.blocks() if (group := _fp32_modules(block))),
                 *([module] for module in self.modules() if isinstance(module, GatedReadOut)),
@@ -225,8 +261,8 @@ class Transformer(nn.Module):
         )
 
 
-def _build_engrams(config: ModelConfig) -> dict[int, Engram]:
-    """The memories of the configuration, by layer index."""
+def _build_engrams(config: ModelConfig, layers: range) -> dict[int, Engram]:
+    """The memories of these layers, by index."""
     if config.engram is None:
         return {}
     return {
@@ -240,6 +276,7 @@ def _build_engrams(config: ModelConfig) -> dict[int, Engram]:
             dead_token_id=config.vision.placeholder_token_id if config.vision else None,
         )
         for index, geometry in hash_geometries(config.engram).items()
+        if index in layers
     }
 
 

@@ -1,24 +1,21 @@
 """How evenly the routers use their experts."""
 
-import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from train.metrics import Record
 
 
-def routing_metrics(
-    counts: Int[Tensor, "layers experts"], biases: list[Float[Tensor, "experts"]]
-) -> Record:
+def routing_metrics(counts: Int[Tensor, "layers experts"], bias_abs_max: float | None) -> Record:
     """Load of the experts in one optimizer step, averaged over the MoE layers.
 
     Args:
         counts: tokens that each expert of each layer received, over all ranks.
-        biases: the load-balancing bias of each layer that has one.
+        bias_abs_max: the largest load-balancing bias, in size; None if no router has one.
 
     Returns:
         `moe/load_max_over_mean` (1 is even), `moe/load_cv` (standard deviation over mean),
-        `moe/dead_experts` (experts without a token, summed over layers) and, with biases, `moe/bias_abs_max`.
+        `moe/dead_experts` (experts without a token, summed over layers) and, if there is one, `moe/bias_abs_max`.
     """
     load = counts.double()
     mean = load.mean(dim=1).clamp(min=1e-12)
@@ -27,6 +24,6 @@ def routing_metrics(
         "moe/load_cv": (load.std(dim=1, correction=0) / mean).mean().item(),
         "moe/dead_experts": int((counts == 0).sum().item()),
     }
-    if biases:
-        metrics["moe/bias_abs_max"] = torch.stack(biases).abs().amax().item()
+    if bias_abs_max is not None:
+        metrics["moe/bias_abs_max"] = bias_abs_max
     return metrics

@@ -247,13 +247,6 @@ def test_copies_of_the_parameters_see_sequences_of_their_own(nano: RunConfig) ->
     assert problem.endswith(f"be a multiple of {ranks}; use 12, 24 or null")
 
 
-@pytest.mark.parametrize("axis", ["pipeline"])
-def test_an_axis_that_is_not_there_is_refused_by_name(nano: RunConfig, axis: str) -> None:
-    [problem] = validate(changed(nano, **{f"parallel__{axis}_parallel_size": 2}))
-    assert problem.startswith(f"parallel.{axis}_parallel_size=2: ")
-    assert "use 1" in problem
-
-
 @pytest.mark.parametrize(
     ("values", "problem"),
     [
@@ -280,6 +273,34 @@ def test_every_sequence_length_divides_among_the_ranks(
     nano: RunConfig, values: dict[str, Any], problem: str
 ) -> None:
     assert problem in validate(changed(nano, **values))
+
+
+def test_a_pipeline_is_checked_with_the_rest(nano: RunConfig) -> None:
+    keys = {"parallel__data_parallel_size": 1, "parallel__expert_parallel_size": 1}
+    keys |= {"parallel__pipeline_parallel_size": 2}
+    assert validate(changed(nano, **keys)) == []
+    assert validate(changed(nano, **keys, parallel__pipeline_layers=[1, 3])) == []
+    assert world_size(changed(nano, **keys)) == 2
+    problems = validate(
+        changed(
+            nano,
+            **keys,
+            parallel__pipeline_layers=[4],
+            parallel__pipeline_schedule="zbv",
+            train__micro_batch_size=16,
+        )
+    )
+    assert [problem.partition("=")[0] for problem in problems] == [
+        "parallel.pipeline_stages_per_rank",
+        "parallel.pipeline_layers",
+        "parallel.reshard_after_forward",
+    ]
+    [problem] = validate(changed(nano, **keys, train__micro_batch_size=16))
+    assert problem.endswith(
+        "use train.micro_batch_size=1, 2, 4 or 8, or train.global_batch_size=32"
+    )
+    [problem] = validate(changed(nano, **keys, parallel__pipeline_layers=[0, 4]))
+    assert "use [2,2], or null" in problem
 
 
 def test_fixes_work(nano: RunConfig) -> None:

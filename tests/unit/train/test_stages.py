@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from train.config import BatchSizeRampConfig, RunConfig, StageConfig, TrainConfig
 from train.model.attention.config import CompressedConfig
 from train.model.config import ModelConfig
-from train.stages import Phase, has_indexer, phases, problems, ramp_steps
+from train.stages import Phase, phases, problems, ramp_steps
 
 
 def recipe(**train: Any) -> RunConfig:
@@ -64,8 +64,8 @@ def test_the_stage_of_the_indexer_is_the_models_where_a_stage_says_none() -> Non
 def test_only_hybrids_with_csa_layers_have_an_indexer() -> None:
     compressed = CompressedConfig(compress_ratios=(0, 16, 16, 16, 4), csa_ratio=4, hca_ratio=16)
     hybrid = ModelConfig(attention="v4_hybrid", num_layers=4, compressed=compressed)
-    assert not has_indexer(hybrid)
-    assert has_indexer(replace(hybrid, mtp_depth=1))
+    assert hybrid.num_indexers == 0
+    assert replace(hybrid, mtp_depth=1).num_indexers == 1
 
 
 def test_a_run_may_end_within_its_ramp() -> None:

@@ -28,8 +28,9 @@ class MoeLayer(nn.Module):
         super().__init__()
         moe, hidden = config.moe, config.hidden_size
         self.num_experts = moe.num_experts
-        place = layer_index - config.num_dense_layers
-        if config.router == "hash" or place < moe.num_hash_layers:
+        self.place = layer_index - config.num_dense_layers
+        """Among the mixture-of-experts layers of the whole model, from 0."""
+        if config.router == "hash" or self.place < moe.num_hash_layers:
             self.router = HashRouter(moe, config.router, hidden, config.vocab_size, layer_index)
         else:
             self.router = TopKRouter(moe, config.router, hidden)

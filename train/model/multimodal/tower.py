@@ -32,7 +32,6 @@ class VisionTower(nn.Module):
     def __init__(self, config: VisionConfig, hidden_size: int, eps: float) -> None:
         super().__init__()
         self.placeholder_token_id = config.placeholder_token_id
-        self.rope_sections = config.rope_sections
         self.merge = config.spatial_merge
         self.patch_values = config.channels * config.frames_per_patch * config.patch_size**2
         width = config.encoder.hidden_size if config.encoder else hidden_size

@@ -280,7 +280,7 @@ def test_a_text_model_pays_nothing() -> None:
     tokens = tokens_of(positions, documents, ids)
     with Operations() as operations:
         assert model._rows(ids, None) is None
-        assert model._pair_positions(None) is None
+        assert model._pair_positions(None, ids.device) is None
         model._embed(tokens, None)
     assert operations.names == ["aten.embedding.default"]
 

@@ -1,0 +1,314 @@
+"""The whole V4 stack in a pipeline: the numbers of one rank in fp64, whatever the schedule."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from parallel.backend.cpu import CpuBackend
+from parallel.config import ParallelConfig, PipelineSchedule
+from parallel.layout import ParallelLayout
+from parallel.pipeline_stages import SPLIT_BACKWARD
+from tests.harness import run_distributed
+from tests.parity import test_image_layouts
+from tests.parity.test_layouts import ADAMW, MUON, recipe, whole
+from tests.parity.test_layouts_dsa import STAGES, sparse_recipe
+from tests.parity.test_layouts_hybrid import hybrid_recipe
+from train.build import Training, build
+from train.checkpoint.state import Progress
+from train.config import BatchSizeRampConfig, OptimConfig, RunConfig, StageConfig
+from train.evaluate import evaluate
+from train.loop import batch_shape, open_batches
+from train.pipeline_rules import problems
+from train.step import train_step
+
+TENSORS = ("parameters", "bias")
+
+
+def with_layers(config: RunConfig, layers: int, **model: Any) -> RunConfig:
+    return replace(config, model=replace(config.model, num_layers=layers, **model))
+
+
+def in_pipeline(
+    config: RunConfig, ranks: int, schedule: PipelineSchedule = "1f1b", **keys: Any
+) -> RunConfig:
+    keys = {
+        "pipeline_parallel_size": ranks,
+        "pipeline_schedule": schedule,
+        "pipeline_stages_per_rank": 1 if schedule == "1f1b" else 2,
+        "reshard_after_forward": schedule not in SPLIT_BACKWARD,
+    } | keys
+    return replace(config, parallel=replace(config.parallel, **keys))
+
+
+def on_one_rank(config: RunConfig) -> RunConfig:
+    """The same run, a whole batch at a time."""
+    stages = tuple(replace(stage, micro_batch_size=None) for stage in config.train.stages)
+    micro = config.train.global_batch_size
+    train = replace(config.train, micro_batch_size=micro, stages=stages)
+    return replace(config, parallel=ParallelConfig(), train=train)
+
+
+def join(config: RunConfig) -> Training:
+    # The harness has joined the process group already.
+    CpuBackend.init_process_group = lambda self, timeout_seconds: None  # type: ignore[method-assign]
+    return build(config)
+
+
+def state(training: Training) -> dict[str, dict[Any, Any]]:
+    """Parameters and biases of this rank's stages."""
+    model = training.model
+    return {
+        "parameters": {name: whole(value) for name, value in model.named_parameters()},
+        "bias": {
+            moe.place: moe.expert_bias.numpy().copy()
+            for moe in model.moe_layers()
+            if moe.expert_bias is not None
+        },
+    }
+
+
+def train_rank(rank: int, config: RunConfig) -> list[dict[str, Any]]:
+    training = join(config)
+    start = Progress(step=0, tokens=0, data_state={})
+    found: list[dict[str, Any]] = []
+    for phase, batch, _ in open_batches(training, start):
+        record: dict[str, Any] = dict(train_step(training, batch, len(found) + 1))
+        record |= batch_shape(phase)
+        if len(found) == 1:
+            record |= evaluate(training)
+        found.append(record | state(training))
+    return found
+
+
+def train_on_images(rank: int, config: RunConfig) -> list[dict[str, Any]]:
+    training = join(config)
+    return [
+        train_step(training, test_image_layouts.own_part(training, step), step) | state(training)
+        for step in (1, 2)
+    ]
+
+
+Rank = Callable[[int, RunConfig], list[dict[str, Any]]]
+
+
+def run(config: RunConfig, rank: Rank = train_rank) -> list[dict[str, Any]]:
+    """One trace of all ranks: each has the tensors of its own stages, and all the same numbers."""
+    assert list(problems(config)) == []
+    world = ParallelLayout.from_config(config.parallel).world_size
+    steps = []
+    for records in zip(*run_distributed(rank, world, config, timeout=200.0), strict=True):
+        numbers = [{k: v for k, v in record.items() if k not in TENSORS} for record in records]
+        assert all(of_rank == numbers[0] for of_rank in numbers)
+        tensors: dict[str, Any] = {
+            key: {name: value for record in records for name, value in record[key].items()}
+            for key in TENSORS
+        }
+        steps.append(numbers[0] | tensors)
+    return steps
+
+
+def assert_same(found: list[dict[str, Any]], reference: list[dict[str, Any]]) -> None:
+    for ours, theirs in zip(found, reference, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ours.keys() - set(TENSORS):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-12), name
+        assert ours["bias"].keys() == theirs["bias"].keys()
+        for place, bias in theirs["bias"].items():
+            assert np.array_equal(ours["bias"][place], bias), place
+        assert ours["parameters"].keys() == theirs["parameters"].keys()
+        for name, value in theirs["parameters"].items():
+            error = np.abs(ours["parameters"][name] - value).max()
+            assert error <= 1e-10, (name, error)
+
+
+def assert_bitwise(found: list[dict[str, Any]], again: list[dict[str, Any]]) -> None:
+    for first, second in zip(found, again, strict=True):
+        for name in first.keys() - set(TENSORS):
+            assert first[name] == second[name], name
+        for key in TENSORS:
+            for name, value in first[key].items():
+                assert np.array_equal(value, second[key][name]), (key, name)
+
+
+def stack(
+    corpus: Path, residual: str, data: int = 1, expert: int = 1, optim: OptimConfig = ADAMW
+) -> RunConfig:
+    """Four layers, the first dense, memory in the second and third; MTP of V3, or of V4."""
+    config = with_layers(recipe(corpus, residual, data, expert, 2, optim), 4)
+    assert config.model.engram is not None
+    model = replace(config.model, engram=replace(config.model.engram, layers=(1, 2)))
+    train = replace(config.train, micro_batch_size=2 // data)
+    return replace(config, model=model, train=train)
+
+
+@cache
+def reference(corpus: Path, residual: str, optim: OptimConfig = ADAMW) -> list[dict[str, Any]]:
+    return run(on_one_rank(stack(corpus, residual, optim=optim)))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "schedule", "data", "keys"),
+    [
+        (2, "1f1b", 1, {"pipeline_layers": (3, 1)}),
+        (2, "zbv", 1, {}),
+        (2, "dualpipev", 2, {}),
+    ],
+)
+def test_the_pipeline_computes_what_one_rank_does(
+    tiny_corpus: Path, ranks: int, schedule: PipelineSchedule, data: int, keys: dict[str, Any]
+) -> None:
+    config = stack(tiny_corpus, "mhc_single_pass", data, data)
+    found = run(in_pipeline(config, ranks, schedule, **keys))
+    assert_same(found, reference(tiny_corpus, "mhc_single_pass"))
+
+
+ALL: list[PipelineSchedule] = [
+    "1f1b",
+    "interleaved_1f1b",
+    "looped_bfs",
+    "interleaved_zero_bubble",
+    "zbv",
+    "dualpipev",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ALL)
+def test_every_schedule_computes_what_one_rank_does_and_again(
+    tiny_corpus: Path, schedule: PipelineSchedule
+) -> None:
+    config = in_pipeline(stack(tiny_corpus, "mhc"), 2, schedule)
+    found = run(config)
+    assert_same(found, reference(tiny_corpus, "mhc"))
+    assert_bitwise(found, run(config))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved_zero_bubble", "dualpipev"])
+@pytest.mark.parametrize("residual", ["plain", "hc"])
+def test_other_residuals(tiny_corpus: Path, residual: str, schedule: PipelineSchedule) -> None:
+    config = in_pipeline(stack(tiny_corpus, residual), 2, schedule)
+    assert_same(run(config), reference(tiny_corpus, residual))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "schedule", "data", "expert", "keys"),
+    [
+        (2, "1f1b", 2, 2, {}),
+        (2, "interleaved_1f1b", 2, 1, {}),
+        (2, "zbv", 2, 2, {}),
+        (2, "looped_bfs", 2, 2, {"reshard_after_forward": False}),
+        (4, "1f1b", 1, 1, {}),
+        (4, "1f1b", 2, 2, {}),
+        (4, "looped_bfs", 1, 1, {"pipeline_stages_per_rank": 1}),
+        (2, "interleaved_1f1b", 1, 1, {"pipeline_layers": (1, 1, 1, 1)}),
+        (2, "dualpipev", 1, 2, {"data_parallel_size": 1, "data_replicate_parallel_size": 2}),
+    ],
+)
+def test_with_other_axes(
+    tiny_corpus: Path,
+    ranks: int,
+    schedule: PipelineSchedule,
+    data: int,
+    expert: int,
+    keys: dict[str, Any],
+) -> None:
+    config = stack(tiny_corpus, "mhc", data, expert)
+    if "data_replicate_parallel_size" in keys:
+        config = replace(config, train=replace(config.train, micro_batch_size=1))
+    found = run(in_pipeline(config, ranks, schedule, **keys))
+    assert_same(found, reference(tiny_corpus, "mhc"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("schedule", "data"), [("interleaved_1f1b", 1), ("zbv", 2)])
+def test_muon_on_stages(tiny_corpus: Path, schedule: PipelineSchedule, data: int) -> None:
+    config = in_pipeline(stack(tiny_corpus, "mhc", data, data, MUON), 2, schedule)
+    assert_same(run(config), reference(tiny_corpus, "mhc", MUON))
+
+
+def through_its_stages(config: RunConfig) -> RunConfig:
+    """Sparse attention that idles, warms up with all else frozen, and selects."""
+    stages = tuple(StageConfig(steps=1, indexer_stage=stage) for stage in STAGES)
+    return replace(config, train=replace(config.train, stages=stages))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["1f1b", "zbv", "dualpipev"])
+def test_sparse_attention_through_its_stages(tiny_corpus: Path, schedule: PipelineSchedule) -> None:
+    config = through_its_stages(with_layers(sparse_recipe(tiny_corpus, 1, 1, 2), 4))
+    assert_same(run(in_pipeline(config, 2, schedule)), run(on_one_rank(config)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "schedule", "ratios"),
+    [
+        # The first stage has no indexer, and of the last only MTP has one: when all else is frozen
+        # a stage learns nothing.
+        (2, "1f1b", (0, 0, 4, 16, 4)),
+        (4, "1f1b", (0, 0, 4, 16, 0)),
+        (2, "zbv", (0, 0, 4, 16, 4)),
+        (2, "dualpipev", (4, 16, 0, 4, 4)),
+    ],
+)
+def test_hybrid_attention_with_indexers_in_some_stages(
+    tiny_corpus: Path, ranks: int, schedule: PipelineSchedule, ratios: tuple[int, ...]
+) -> None:
+    config = through_its_stages(hybrid_recipe(tiny_corpus, 1, 2))
+    compressed = replace(config.model.compressed, compress_ratios=ratios)
+    config = with_layers(config, 4, compressed=compressed)
+    assert_same(run(in_pipeline(config, ranks, schedule)), run(on_one_rank(config)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("schedule", "data"), [("1f1b", 2), ("interleaved_1f1b", 1), ("zbv", 1)])
+def test_images_enter_at_the_first_stage(
+    tiny_corpus: Path, schedule: PipelineSchedule, data: int
+) -> None:
+    config = with_layers(test_image_layouts.recipe(tiny_corpus, data, 1), 4)
+    found = run(in_pipeline(config, 2, schedule), train_on_images)
+    assert_same(found, run(on_one_rank(config), train_on_images))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["1f1b", "zbv"])
+def test_batches_may_change_their_shape(tiny_corpus: Path, schedule: PipelineSchedule) -> None:
+    """A ramp, then longer sequences; the held-out split is no whole number of microbatches."""
+    config = stack(tiny_corpus, "mhc")
+    train = replace(
+        config.train,
+        steps=6,
+        batch_size_ramp=BatchSizeRampConfig(start=4, increment=4, samples=8),
+        stages=(
+            StageConfig(steps=3, sequence_length=24, micro_batch_size=1),
+            StageConfig(sequence_length=40),
+        ),
+    )
+    config = replace(
+        config,
+        train=train,
+        data=replace(config.data, num_lanes=4),
+        evaluate=replace(config.evaluate, num_sequences=5),
+    )
+    assert_same(run(in_pipeline(config, 2, schedule)), run(on_one_rank(config)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved_zero_bubble", "dualpipev"])
+def test_bf16_is_bitwise_that_of_one_rank(tiny_corpus: Path, schedule: PipelineSchedule) -> None:
+    """Gradients add up in fp32 and in the order of the microbatches, also those computed apart."""
+    config = stack(tiny_corpus, "mhc")
+    config = replace(config, train=replace(config.train, dtype="bf16", micro_batch_size=1))
+    wanted = run(replace(config, parallel=ParallelConfig()))
+    for ours, theirs in zip(run(in_pipeline(config, 2, schedule)), wanted, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-7)
+        for key in TENSORS:
+            for name, value in theirs[key].items():
+                assert np.array_equal(ours[key][name], value), (key, name)
