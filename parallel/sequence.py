@@ -9,7 +9,8 @@ whole sequences on every rank: they are integers, and a rank takes what it needs
                                part  --gather-->  whole sequence
                                part  --with_history-->  part and the tokens before its runs
 
-Which places of the sequence these tokens have is a matter of `runs`. `parallel.apply` gives the model a `SequenceSplit`; without one nothing is spread and nothing moves.
+Which places of the sequence these tokens have is a matter of `runs`. `parallel.apply` gives the
+model a `SequenceSplit`; without one nothing is spread and nothing moves.
 """
 
 from collections.abc import Sequence
@@ -93,7 +94,6 @@ class SequencePart:
         """Which of the queries are tokens of this rank's streams."""
         self.is_whole = len(ranks) == 1
         """Whether the sequence is not spread at all."""
-        self._places: dict[torch.device, Tensor] = {}
         self._exchanges: dict[tuple[int, bool], Exchange] = {}
 
     @property
@@ -143,9 +143,13 @@ class SequencePart:
 
         Communication: an all-gather over cp x tp; a reduce-scatter of the gradients in backward.
         """
-        whole = gather_dim1(x, self.split.both)
-        in_order = len(joined([run for runs in self.all_runs for run in runs])) == 1
-        return whole if in_order else whole.index_select(1, self._gathered_places(x.device))
+        gathered = gather_dim1(x, self.split.both)
+        runs = [run for of_rank in self.all_runs for run in of_rank]
+        if len(joined(runs)) == 1:
+            return gathered
+        pieces = torch.split(gathered, [len(run) for run in runs], dim=1)
+        order = sorted(range(len(runs)), key=lambda index: runs[index].start)
+        return torch.cat([pieces[index] for index in order], dim=1)
 
     def gather_ranks(
         self, x: Float[Tensor, "batch rows *rest"]
@@ -211,13 +215,6 @@ class SequencePart:
             exchange = Exchange.plan(self.all_runs, wanted, self.rank)
             self._exchanges[history, queries] = exchange
         return fetch_pieces(self._exchanges[history, queries], self.split.both, *xs)
-
-    def _gathered_places(self, device: torch.device) -> Tensor:
-        """Where in the concatenation of the ranks' tokens the token of each place is."""
-        if device not in self._places:
-            places = [torch.arange(run.start, run.stop) for runs in self.all_runs for run in runs]
-            self._places[device] = torch.cat(places).argsort().to(device)
-        return self._places[device]
 
 
 def _take(x: Tensor, runs: Sequence[range]) -> Tensor:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from parallel.runs import spans
 from parallel.sequence import SequencePart
-from train.model.attention.compressor import Blocks, Compressor, OwnBlocks
+from train.model.attention.blocks import Blocks, OwnBlocks
+from train.model.attention.compressor import Compressor
 from train.model.attention.indexer import (
     IndexerLoss,
     best_keys,

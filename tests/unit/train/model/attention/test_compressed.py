@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from tests.tokens import tokens_of
 from tests.unit.train.model.tiny import TINY, packed, relative_error
 from train.model.attention import compressed
+from train.model.attention.blocks import Blocks
 from train.model.attention.compressed import HybridAttention
-from train.model.attention.compressor import Blocks
 from train.model.attention.config import CompressedConfig, IndexerConfig
 
 CONFIG = replace(

@@ -4,7 +4,8 @@ from torch import Tensor
 
 from tests.tokens import tokens_of
 from tests.unit.train.model.tiny import packed
-from train.model.attention.compressor import Blocks, Compressor, OwnBlocks
+from train.model.attention.blocks import Blocks, OwnBlocks
+from train.model.attention.compressor import Compressor
 from train.model.rotary import rotary_tables
 
 

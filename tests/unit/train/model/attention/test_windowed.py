@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.unit.train.model.tiny import packed
 from train.model.attention import indexer
-from train.model.attention.compressor import Blocks
+from train.model.attention.blocks import Blocks
 from train.model.attention.indexer import best_keys
 from train.model.attention.windowed import Parts, Seen, attend_gathered, attend_in_window
 
