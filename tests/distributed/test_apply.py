@@ -291,7 +291,6 @@ def refuse(rank: int, config: ParallelConfig, message: str) -> None:
 @pytest.mark.parametrize(
     ("axis", "config"),
     [
-        ("tensor", ParallelConfig(tensor_parallel_size=2)),
         ("pipeline", ParallelConfig(pipeline_parallel_size=2)),
         ("context", ParallelConfig(context_parallel_size=2)),
     ],
