@@ -288,18 +288,6 @@ def refuse(rank: int, config: ParallelConfig, message: str) -> None:
         )
 
 
-@pytest.mark.parametrize(
-    ("axis", "config"),
-    [
-        ("tensor", ParallelConfig(tensor_parallel_size=2)),
-        ("context", ParallelConfig(context_parallel_size=2)),
-    ],
-)
-def test_absent_axes_are_refused_by_name(axis: str, config: ParallelConfig) -> None:
-    message = rf"parallel\.{axis}_parallel_size=2: this version has no {axis} parallelism; use 1"
-    run_distributed(refuse, 2, config, message)
-
-
 def test_expert_size_that_does_not_divide_the_experts_is_refused() -> None:
     config = ParallelConfig(data_parallel_size=3, expert_parallel_size=3)
     run_distributed(refuse, 3, config, r"expert_parallel_size=3: .*num_experts=4; use 1$")

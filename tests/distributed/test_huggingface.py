@@ -1,4 +1,4 @@
-"""A sharded run to a Hugging Face folder, and a sharded run from one."""
+"""A run with every kind of cut to a Hugging Face folder, and such a run from one."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -40,7 +40,7 @@ def recipe(corpus: Path) -> RunConfig:
     return RunConfig(
         name="sharded",
         model=replace(TINY, vocab_size=512, residual="plain", swiglu_limit=None, mtp_depth=1),
-        parallel=ParallelConfig(data_parallel_size=2, expert_parallel_size=2),
+        parallel=ParallelConfig(tensor_parallel_size=2, expert_parallel_size=2),
         data=DataConfig(
             sources={"code": SourceConfig(path=str(corpus / "code"))},
             tokenizer=str(corpus / "tokenizer.json"),

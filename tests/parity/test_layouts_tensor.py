@@ -8,8 +8,9 @@ tokens.
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from functools import cache
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from torch import Tensor
 import train.step
 from data.loader import build_loader
 from parallel.backend.cpu import CpuBackend
-from parallel.config import ParallelConfig
+from parallel.config import KernelConfig, ParallelConfig
 from parallel.gradients import clip_by_global_norm
 from tests.harness import run_distributed
 from tests.parity.test_layouts import recipe, whole
@@ -27,10 +28,12 @@ from train.build import build
 from train.config import RunConfig
 from train.evaluate import evaluate
 from train.model.attention.config import IndexerConfig, MlaConfig
+from train.model.config import Recompute
 from train.step import train_step
 
 STEPS = 2
 SIZES = [field.name for field in fields(ParallelConfig) if field.name.endswith("_size")]
+REFERENCE: Literal["reference"] = "reference"
 LOSSES = ("loss", "loss_main", "loss_mtp", "loss_balance", "grad_norm", "validation/loss")
 MODELS = ("mhc", "hc", "plain", "single_pass", "dsa", "two_experts", "hash", "no_query_rank")
 """mhc, dsa and those after it: MLA, Engram, MTP and mHC unless the name says otherwise."""
@@ -99,8 +102,11 @@ def world_size(parallel: ParallelConfig) -> int:
     return data * parallel.context_parallel_size * parallel.tensor_parallel_size
 
 
-def compare(corpus: Path, model: str, parallel: ParallelConfig, micro: int = 2) -> None:
-    config = config_of(corpus, model, parallel, micro)
+def compare(
+    corpus: Path, model: str, parallel: ParallelConfig, *, recompute: Recompute = "none"
+) -> None:
+    config = config_of(corpus, model, parallel, micro=2)
+    config = replace(config, train=replace(config.train, recompute=recompute))
     ranks, overloaded = world_size(parallel), model == "two_experts"
     found = run_distributed(train_rank, ranks, config, overloaded, timeout=300.0)
     for ours, theirs in zip(found[0], one_rank(corpus, model), strict=True):
@@ -147,6 +153,25 @@ def test_cut_weights_train_as_whole_ones(
     compare(tiny_corpus, model, parallel)
 
 
+def same(a: Any, b: Any) -> bool:
+    """Bitwise, for what a run returns."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(value, b[key]) for key, value in a.items())
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return np.array_equal(a, b)
+
+
+def test_bf16_stays_close_and_repeats_bitwise(tiny_corpus: Path) -> None:
+    config = config_of(tiny_corpus, "mhc", layout(tensor=2, expert=2))
+    config = replace(config, train=replace(config.train, dtype="bf16"))
+    found, again = (run_distributed(train_rank, 2, config, False)[0] for _ in range(2))
+    assert same(found, again)
+    for ours, theirs in zip(found, one_rank(tiny_corpus, "mhc"), strict=True):
+        for name in LOSSES:
+            assert ours[name] == pytest.approx(theirs[name], rel=0.02), name
+
+
 LAYOUTS = [
     layout(tensor=2),
     layout(tensor=4),
@@ -171,3 +196,37 @@ def test_every_layout(tiny_corpus: Path, parallel: ParallelConfig) -> None:
 @pytest.mark.parametrize("parallel", [LAYOUTS[3], LAYOUTS[5]], ids=name_of)
 def test_every_model(tiny_corpus: Path, model: str, parallel: ParallelConfig) -> None:
     compare(tiny_corpus, model, parallel)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("recompute", ["streams", "full"])
+def test_recomputed_blocks(tiny_corpus: Path, recompute: Recompute) -> None:
+    compare(tiny_corpus, "mhc", layout(tensor=2, expert=2), recompute=recompute)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize(("kernel", "dtype"), [("megatron", "fp32"), ("megatron_fused", "bf16")])
+def test_megatrons_losses_train_alike(
+    tiny_corpus: Path, kernel: Literal["megatron", "megatron_fused"], dtype: Literal["fp32", "bf16"]
+) -> None:
+    """The fused one is compiled here, for the host."""
+    import_module(
+        "parallel.megatron_cross_entropy"
+    )  # it takes seconds: once, before the ranks fork
+    ours, theirs = (
+        replace(
+            config,
+            parallel=replace(config.parallel, kernels=KernelConfig(cross_entropy=name)),
+            train=replace(config.train, dtype=dtype),
+        )
+        for config in [config_of(tiny_corpus, "mhc", layout(tensor=2, expert=2))]
+        for name in (REFERENCE, kernel)
+    )
+    found = [run_distributed(train_rank, 2, c, False, timeout=500.0)[0] for c in (ours, theirs)]
+    bound = 1e-6 if dtype == "fp32" else 2e-3
+    for mine, other in zip(*found, strict=True):
+        for name in LOSSES:
+            assert other[name] == pytest.approx(mine[name], rel=bound), name

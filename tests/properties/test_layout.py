@@ -128,8 +128,8 @@ def test_a_layout_without_problems_divides_and_every_fix_works(
     ("layout", "lines"),
     [
         (ParallelLayout(data=8, expert=4), 1),  # a dense model has nothing to divide
-        (ParallelLayout(tensor=2, context=2, pipeline=2), 2),
-        (ParallelLayout(data=0, tensor=2), 2),
+        (ParallelLayout(tensor=2, context=2, pipeline=2), 0),
+        (ParallelLayout(data=0, pipeline=-1), 2),
         (ParallelLayout(data=8), 0),
     ],
 )

@@ -150,10 +150,10 @@ def test_rules_are_reported_beside_wrong_types_and_ranges_unless_they_follow_fro
 
 def test_products_of_axes_are_not_judged_with_a_wrong_axis() -> None:
     wrong = ("parallel.data_parallel_size=two", "parallel.expert_parallel_size=3")
-    found = problems("v4_nano", *wrong, "parallel.tensor_parallel_size=2", nproc=8)
+    found = problems("v4_nano", *wrong, "parallel.tensor_parallel_size=8", nproc=8)
     assert [problem.split(":")[0] for problem in found] == [
         "parallel.data_parallel_size=two",
-        "parallel.tensor_parallel_size=2",
+        "parallel.tensor_parallel_size=8",
     ]
 
 

@@ -90,6 +90,35 @@ def test_the_quick_start_is_valid(nano: RunConfig) -> None:
             "use such sizes, auto or loop",
         ),
         (
+            {"parallel__kernels__cross_entropy": "megatron", "train__dtype": "fp64"},
+            "parallel.kernels.cross_entropy=megatron: computes in fp32, not in train.dtype=fp64",
+            "use reference or train.dtype=fp32",
+        ),
+        (
+            {
+                "parallel__kernels__cross_entropy": "megatron_fused",
+                "parallel__tensor_parallel_size": 2,
+                "train__dtype": "fp32",
+            },
+            "parallel.kernels.cross_entropy=megatron_fused: its gradient is bf16, not train.dtype=fp32",
+            "use reference or train.dtype=bf16",
+        ),
+        (
+            {"parallel__kernels__cross_entropy": "megatron_fused", "train__dtype": "bf16"},
+            "parallel.kernels.cross_entropy=megatron_fused: for a vocabulary that is spread over",
+            "use reference, megatron or parallel.tensor_parallel_size=2",
+        ),
+        (
+            {"parallel__tensor_parallel_size": 8},
+            "parallel.tensor_parallel_size=8: must divide model.num_attention_heads=4",
+            "use 1, 2 or 4",
+        ),
+        (
+            {"parallel__tensor_parallel_size": 2, "model__vocab_size": 4099},
+            "model.vocab_size=4099: must be a multiple of parallel.tensor_parallel_size=2",
+            "use 4098 or 4100",
+        ),
+        (
             {"data__num_lanes": 6},
             "data.num_lanes=6: must divide train.global_batch_size=16 and be a multiple",
             "use 4, 8, 16 or null",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallel import grouped, rows
+from parallel import cross_entropy, grouped, rows
 from parallel.backend.kernels import KERNELS, Kernels, choose, choose_kernels
 from parallel.config import KernelConfig, ParallelConfig
 
@@ -35,6 +35,7 @@ def test_auto_is_what_is_exact_and_runs_on_the_device() -> None:
     assert host.permute is other.permute is rows.permute
     assert host.grouped_linear is grouped.grouped_mm
     assert other.grouped_linear is grouped.loop
+    assert host.cross_entropy is other.cross_entropy is cross_entropy.summed_cross_entropy
 
 
 def leaves_of(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
