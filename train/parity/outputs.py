@@ -1,0 +1,92 @@
+"""The outputs of a model's modules, in the order of the forward pass; used by `train.parity.run`.
+
+Watched is what a reader of the papers knows by name: embedding, memory, residual sites, norms,
+attention, router, shared expert, feed-forward, whole blocks, read-out, head. Not watched: the inside
+of attention, and what has no dim of tokens (routed experts, vision tower): the first watched
+module behind it shows the difference.
+"""
+
+from collections.abc import Callable, Collection, Iterator
+
+from torch import Tensor, nn
+
+from train.model.block import Block
+from train.model.moe.experts import Experts
+from train.model.moe.layer import MoeLayer
+from train.model.mtp import MultiTokenPrediction
+from train.model.multimodal.tower import VisionTower
+from train.model.transformer import Transformer
+
+See = Callable[[int, str, Tensor], None]
+"""(microbatch of this rank, name, output)."""
+
+_CALLED_AGAIN_AFTER = {"embedding": "read_out", "head": "mtp.0"}
+"""MTP calls these modules once more; on a pipeline stage without layers that may be the only time."""
+
+
+class OutputWatch:
+    """Calls `see` with the outputs of chosen microbatches.
+
+    A module's output is what leaves it after all communication. What activation recomputation
+    repeats in the backward pass is not seen again.
+
+    Args:
+        model: the whole model, or the layers of a pipeline stage; already sharded.
+        see: gets each output without its history.
+    """
+
+    def __init__(self, model: Transformer, see: See) -> None:
+        self._see = see
+        self._microbatch = -1
+        self._chosen: Collection[int] = ()
+        self._done: set[str] | None = None
+        """Modules that have run in this forward pass; None outside one that is watched."""
+        # Hooks of a module run in the order of their registration, so these see what the hooks of
+        # parallelism have made of an output.
+        model.register_forward_pre_hook(self._enter)
+        model.register_forward_hook(self._leave)
+        for name, module in _watched(model):
+            module.register_forward_hook(self._hook(name))
+
+    def start_step(self, chosen: Collection[int]) -> None:
+        """Count microbatches from 0 again, and watch these."""
+        self._microbatch, self._chosen = -1, chosen
+
+    def _enter(self, model: nn.Module, args: object) -> None:
+        self._microbatch += 1
+        self._done = set() if self._microbatch in self._chosen else None
+
+    def _leave(self, model: nn.Module, args: object, output: object) -> None:
+        self._done = None
+
+    def _hook(self, name: str) -> Callable[[nn.Module, object, object], None]:
+        def hook(module: nn.Module, args: object, output: object) -> None:
+            if self._done is None:
+                return
+            again = _CALLED_AGAIN_AFTER.get(name) in self._done
+            for place, tensor in _tensors(f"{name} of MTP" if again else name, output):
+                self._see(self._microbatch, place, tensor.detach())
+            self._done.add(name)
+
+        return hook
+
+
+def _watched(model: Transformer) -> Iterator[tuple[str, nn.Module]]:
+    owners = Transformer | Block | MultiTokenPrediction | MoeLayer
+    unseen = nn.ModuleDict | nn.ModuleList | Experts | VisionTower
+    for name, module in model.named_modules():
+        owner = model.get_submodule(name.rpartition(".")[0])
+        is_part = isinstance(owner, owners) and not isinstance(module, unseen)
+        if name and (is_part or isinstance(module, Block | MultiTokenPrediction)):
+            yield name, module
+
+
+def _tensors(name: str, output: object) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a module's output; those of tuples by field or place."""
+    if isinstance(output, Tensor):
+        yield name, output
+    elif isinstance(output, tuple):
+        fields = getattr(output, "_fields", range(len(output)))
+        for field, item in zip(fields, output, strict=True):
+            named = hasattr(item, "_fields")
+            yield from _tensors(name if named else f"{name}.{field}", item)
