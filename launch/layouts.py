@@ -4,9 +4,7 @@
 recipe hold for it and are reported in the same words.
 """
 
-import itertools
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 
@@ -69,11 +67,9 @@ class TypedLayout:
         """The same sizes of these axes, the others 1."""
         return TypedLayout(tuple((axis, size) for axis, size in self.sizes if axis in axes))
 
-    def parts(self) -> Iterator["TypedLayout"]:
-        """Layouts with some of the axes, those with few axes first; without the whole one."""
-        for number in range(1, len(self.axes)):
-            for axes in itertools.combinations(self.axes, number):
-                yield self.only(*axes)
+    def without(self, axis: str) -> "TypedLayout":
+        """The same sizes, but 1 of this axis."""
+        return self.only(*(other for other, _ in self.sizes if other != axis))
 
     def overrides(self) -> list[str]:
         """The layout as overrides of a recipe; every axis, so that those of the recipe do not stay."""

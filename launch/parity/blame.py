@@ -1,6 +1,8 @@
 """Which axes make a layout differ: found by running layouts with some of its axes. No torch."""
 
-from collections.abc import Callable
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from launch.layouts import TypedLayout
@@ -28,44 +30,53 @@ class Blame:
 def blame(layout: TypedLayout, differs: Differs) -> Blame:
     """The smallest set of axes that differs, for a layout that does.
 
-    First each axis alone. Experts need ranks to be spread over: `ep4` alone is `dp4,ep4`, beside
-    `dp4`. If no axis differs alone, axes are left out one after the other for as long as the rest
-    still differs: without any one of those that remain, all is well.
+    First each axis alone. If none differs, axes are left out one after the other for as long as the
+    rest still differs: without any one of those that remain, all is well.
 
     Args:
         layout: differs from one rank.
-        differs: is asked about other layouts; answers for the same one are taken as cheap.
+        differs: is asked about other layouts; a second question about the same one is cheap.
     """
     axes = layout.axes
     if len(axes) < 2:
         return Blame(axes)
-    alone = tuple(axis for axis in axes if axis != "ep" and differs(layout.only(axis)))
+
+    def some_differ(*some: str) -> bool:
+        part = restrict(layout, some)
+        if not differs(part):
+            return False
+        lent = "dp" in part.axes and "dp" not in some
+        return not lent or differs(part.without("ep")) is False
+
+    alone = tuple(axis for axis in axes if some_differ(axis))
     if alone:
         return Blame(alone, each_alone=len(alone) > 1)
-    if "ep" in axes:
-        carried = spread_experts(layout)
-        if differs(carried) and differs(carried.only("dp")) is False:
-            return Blame(("ep",))
-    rest = layout
+    rest = axes
     for axis in axes:
-        others = tuple(other for other in rest.axes if other != axis)
-        if len(others) > 1 and differs(rest.only(*others)):
-            rest = rest.only(*others)
-    return Blame(rest.axes)
+        others = tuple(other for other in rest if other != axis)
+        if len(others) > 1 and some_differ(*others):
+            rest = others
+    return Blame(rest)
 
 
-def spread_experts(layout: TypedLayout) -> TypedLayout:
-    """The layout's expert axis over as many data ranks, and nothing else."""
-    size = dict(layout.sizes)["ep"]
-    return TypedLayout((("dp", size), ("ep", size)))
+def restrict(layout: TypedLayout, axes: Iterable[str]) -> TypedLayout:
+    """The layout with some of its axes only.
+
+    Experts are spread over the ranks of other axes. If those do not suffice, data ranks are lent:
+    `ep4` alone is `dp4,ep4`.
+    """
+    part = layout.only(*axes)
+    sizes = dict(part.sizes)
+    if "ep" not in sizes or "dp" in sizes:
+        return part
+    stage = math.prod(sizes.get(axis, 1) for axis in ("dpr", "cp", "tp"))
+    lent = sizes["ep"] // math.gcd(sizes["ep"], stage)
+    return TypedLayout((("dp", lent), *part.sizes)) if lent > 1 else part
 
 
-def suspects(layout: TypedLayout) -> list[TypedLayout]:
+def suspects(layout: TypedLayout) -> Iterator[TypedLayout]:
     """All layouts that `blame` may ask about."""
-    if len(layout.axes) < 2:
-        return []
-    parts = list(layout.parts())
-    if "ep" in layout.axes:
-        carried = spread_experts(layout)
-        parts += [carried, carried.only("dp")]
-    return parts
+    for number in range(1, len(layout.axes)):
+        for axes in itertools.combinations(layout.axes, number):
+            part = restrict(layout, axes)
+            yield from (part, part.without("ep"))

@@ -70,9 +70,7 @@ class Outcome:
 
     def worst(self, kind: str) -> Error | None:
         """The largest error of a kind; None if the run did not come that far."""
-        return max(
-            (error for error in self.errors if error.kind == kind), key=_size, default=None
-        )
+        return max((error for error in self.errors if error.kind == kind), key=_size, default=None)
 
     @property
     def first_difference(self) -> Error | None:
@@ -122,9 +120,7 @@ def compare_runs(
         errors += tensors("gradient", reversed(names["gradient"]))
         if step in theirs:
             value = _relative(theirs[step]["grad_norm"], ours[step]["grad_norm"])
-            errors.append(
-                Error(step=step, kind="gradient norm", name="gradient norm", value=value)
-            )
+            errors.append(Error(step=step, kind="gradient norm", name="gradient norm", value=value))
         errors += tensors("parameter", names["parameter"])
     return Outcome(errors=errors, bounds=bounds, failure=failure)
 

@@ -118,9 +118,7 @@ def _reserved(override: str) -> str | None:
     return None
 
 
-def _layout_problems(
-    recipe: str, overrides: list[str], layouts: list[TypedLayout]
-) -> list[str]:
+def _layout_problems(recipe: str, overrides: list[str], layouts: list[TypedLayout]) -> list[str]:
     problems = []
     for layout in layouts:
         try:

@@ -110,7 +110,16 @@ def print_table(report: Report) -> None:
     for line in _noise_lines(report.noise):
         print(line)
     bounds = report.cases[0].outcome.bounds
-    head = ["layout", "ranks", "loss", "gradient norm", "gradient", "parameter", "", "worst gradient"]
+    head = [
+        "layout",
+        "ranks",
+        "loss",
+        "gradient norm",
+        "gradient",
+        "parameter",
+        "",
+        "worst gradient",
+    ]
     kinds = ["loss", "gradient norm", "gradient", "parameter"]
     rows = [head, ["at most", "", *(f"{bounds[kind]:.0e}" for kind in kinds), "", ""]]
     for case in report.cases:

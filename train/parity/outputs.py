@@ -39,14 +39,18 @@ class OutputWatch:
         self._see = see
         self._microbatch = -1
         self._chosen: Collection[int] = ()
-        self._done: set[str] | None = None
+        self._done: dict[str, int] | None = None
         """Modules that have run in this forward pass; None outside one that is watched."""
+        self.order: dict[str, int] = {}
+        """Place of every module in the latest watched forward pass, by when it was done first."""
         # Hooks of a module run in the order of their registration, so these see what the hooks of
         # parallelism have made of an output.
         model.register_forward_pre_hook(self._enter)
         model.register_forward_hook(self._leave)
-        for name, module in _watched(model):
-            module.register_forward_hook(self._hook(name))
+        watched = dict(_watched(model))
+        for name, module in model.named_modules():
+            if name:
+                module.register_forward_hook(self._hook(name, shown=name in watched))
 
     def start_step(self, chosen: Collection[int]) -> None:
         """Count microbatches from 0 again, and watch these."""
@@ -54,21 +58,28 @@ class OutputWatch:
 
     def _enter(self, model: nn.Module, args: object) -> None:
         self._microbatch += 1
-        self._done = set() if self._microbatch in self._chosen else None
+        self._done = {} if self._microbatch in self._chosen else None
 
     def _leave(self, model: nn.Module, args: object, output: object) -> None:
-        self._done = None
+        self.order, self._done = self._done or self.order, None
 
-    def _hook(self, name: str) -> Callable[[nn.Module, object, object], None]:
+    def _hook(self, name: str, *, shown: bool) -> Callable[[nn.Module, object, object], None]:
         def hook(module: nn.Module, args: object, output: object) -> None:
             if self._done is None:
                 return
             again = _CALLED_AGAIN_AFTER.get(name) in self._done
             for place, tensor in _tensors(f"{name} of MTP" if again else name, output):
-                self._see(self._microbatch, place, tensor.detach())
-            self._done.add(name)
+                if shown:
+                    self._see(self._microbatch, place, tensor.detach())
+            self._done.setdefault(name, len(self._done))
 
         return hook
+
+    def place_of(self, name: str) -> int:
+        """Where the owner of a parameter or buffer ran; -1: nowhere."""
+        while name and name not in self.order:
+            name = name.rpartition(".")[0]
+        return self.order.get(name, -1)
 
 
 def _watched(model: Transformer) -> Iterator[tuple[str, nn.Module]]:

@@ -57,9 +57,7 @@ def compare(config: RunConfig, run_dir: Path, stop: StopRequest) -> int:
 class _Recorder:
     """Shows the tensors of a step to the ledger of the run."""
 
-    def __init__(
-        self, training: Training, task: Task, run_dir: Path, findings: Findings
-    ) -> None:
+    def __init__(self, training: Training, task: Task, run_dir: Path, findings: Findings) -> None:
         self._training, self._task, self._run_dir = training, task, run_dir
         self._findings = findings
         self._ledger: Ledger = Reference(run_dir, findings)
@@ -101,6 +99,10 @@ class _Recorder:
         self._ledger.output(self._step, self._first_microbatch + microbatch, name, value)
 
     def _whole(self, kind: Kind, tensors: dict[str, Tensor]) -> None:
+        if self._task.reference is None:
+            # In the order of execution, which is not always that of definition.
+            [watch] = self._watches
+            tensors = dict(sorted(tensors.items(), key=lambda item: watch.place_of(item[0])))
         for name, value in gathered(tensors):
             self._ledger.whole(self._step, kind, name, value)
 

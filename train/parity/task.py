@@ -1,9 +1,9 @@
 """What the launcher tells the ranks of `mneme parity`, and what they tell it. No torch.
 
-    RUN/parity.json              the task, written by the launcher
-    RUN/metrics.jsonl            losses and gradient norm of each step, as in a training run
-    RUN/findings-R.jsonl         what rank R saw, a line per tensor, in the order of execution
-    RUN/tensors/...              every tensor, if the run is the reference
+RUN/parity.json              the task, written by the launcher
+RUN/metrics.jsonl            losses and gradient norm of each step, as in a training run
+RUN/findings-R.jsonl         what rank R saw, a line per tensor, in the order of execution
+RUN/tensors/...              every tensor, if the run is the reference
 """
 
 import json
