@@ -5,7 +5,10 @@ put into the forked ranks.
 """
 
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -67,12 +70,12 @@ def one_rank_scales_expert_rows() -> None:
         is_broken = self.group.size() > 1 and dist.get_rank() == 1
         return right(self, *args) * (1.0 + 1e-6 * is_broken)
 
-    AllToAllDispatcher.__call__ = wrong  # type: ignore[method-assign]
+    AllToAllDispatcher.__call__ = wrong  # type: ignore[method-assign, assignment]
 
 
 def gradients_are_averaged() -> None:
     FSDPModule.set_gradient_divide_factor = lambda self, factor: None  # type: ignore[method-assign]
-    FSDPModule.set_force_sum_reduction_for_comms = lambda self, on: None  # type: ignore[method-assign]
+    FSDPModule.set_force_sum_reduction_for_comms = lambda self, enable: None  # type: ignore[method-assign]
 
 
 def load_counts_stay_local() -> None:
@@ -135,6 +138,10 @@ def parity(
     return run
 
 
+def slow(*values: object) -> object:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def rows(answer: str) -> dict[str, dict[str, Any]]:
     return {row["layout"]: row for row in json.loads(answer)["layouts"]}
 
@@ -162,9 +169,11 @@ def test_layouts_that_compute_the_same(
     ("fault", "layout", "first", "axis"),
     [
         (one_rank_scales_expert_rows, "dp2,ep2", "output of layers.1.ffn", "ep"),
-        (gradients_are_averaged, "dp2,ep2", "gradient of mtp.0.norm.weight", "dp"),
-        (load_counts_stay_local, "dp2", "layers.1.ffn.router.expert_bias after the update", "dp"),
-        (the_norm_counts_replicas, "dpr2", "gradient norm", "dpr"),
+        slow(gradients_are_averaged, "dp2,ep2", "gradient of mtp.0.norm.weight", "dp"),
+        slow(
+            load_counts_stay_local, "dp2", "layers.1.ffn.router.expert_bias after the update", "dp"
+        ),
+        slow(the_norm_counts_replicas, "dpr2", "gradient norm", "dpr"),
     ],
 )
 def test_a_fault_is_named(
@@ -211,6 +220,7 @@ def test_the_table_says_what_was_compared_and_what_differs(
     assert re.fullmatch(r"\d+ s", lines[7])
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_is_told_and_leaves_its_logs(
     parity: Callable[..., tuple[int, str]], tmp_path: Path
 ) -> None:
@@ -223,6 +233,7 @@ def test_a_rank_that_fails_is_told_and_leaves_its_logs(
     assert list(root.glob("*/tensors")) == []
 
 
+@pytest.mark.slow
 def test_fp32_is_bounded_by_its_own_noise(parity: Callable[..., tuple[int, str]]) -> None:
     code, table = parity(sound, "--layout", "dp2,ep2", "--dtype", "fp32")
     assert code == 0, table
@@ -256,3 +267,31 @@ def test_everything_that_is_wrong_is_said_before_anything_starts(
         main(["parity", "v4_nano"])
     assert left.value.code == 2
     assert "required: --layout" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_command_with_real_processes(tiny_corpus: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(RECIPE.replace("CORPUS", str(tiny_corpus)), encoding="utf-8")
+    root = Path(__file__).parents[2]
+    found = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "launch.cli",
+            "parity",
+            "tiny.yaml",
+            "--layout",
+            "dp2,ep2",
+            "--json",
+        ],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(root), "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr
+    assert rows(found.stdout)["dp2,ep2"]["ok"]
+    assert list(tmp_path.glob("mneme-parity-*")) == []

@@ -50,7 +50,7 @@ def test_the_last_share_of_a_vocabulary_may_be_smaller() -> None:
 def test_what_is_no_piece_is_refused(shape: tuple[int, ...]) -> None:
     whole = np.zeros((1, LENGTH, VOCAB))
     [(part, tensor)] = parts(1, 1, "zigzag")
-    with pytest.raises(ValueError, match="output of head: .* is no piece of"):
+    with pytest.raises(ValueError, match=r"output of head: .* is no piece of"):
         piece_of(whole, shape, part, tensor, "head")
 
 
