@@ -66,9 +66,10 @@ def sound() -> None:
 def one_rank_scales_expert_rows() -> None:
     right = AllToAllDispatcher.__call__
 
-    def wrong(self: AllToAllDispatcher, *args: Any) -> Tensor:
+    def wrong(self: AllToAllDispatcher, *args: Any) -> Callable[[], Tensor]:
         is_broken = self.group.size() > 1 and dist.get_rank() == 1
-        return right(self, *args) * (1.0 + 1e-6 * is_broken)
+        collect = right(self, *args)
+        return lambda: collect() * (1.0 + 1e-6 * is_broken)
 
     AllToAllDispatcher.__call__ = wrong  # type: ignore[method-assign, assignment]
 
@@ -88,7 +89,7 @@ def load_counts_stay_local() -> None:
 
 
 def the_norm_counts_replicas() -> None:
-    parallel.gradients.replicas = lambda gradient: 1
+    parallel.gradients.replicas = lambda gradient, stage_size: 1
 
 
 def a_rank_fails() -> None:

@@ -1,9 +1,10 @@
 """The outputs of a model's modules, in the order of the forward pass; used by `train.parity.run`.
 
-Watched is what a reader of the papers knows by name: embedding, memory, residual sites, norms,
-attention, router, shared expert, feed-forward, whole blocks, read-out, head. Not watched: the inside
-of attention, and what has no dim of tokens (routed experts, vision tower): the first watched
-module behind it shows the difference.
+Watched is what a reader of the papers knows by name: memory, residual sites, norms, attention,
+router, shared expert, mixture of experts, whole blocks, read-out, head. The embedding is seen where
+it enters the first block. Not watched: the inside of attention, and what a rank of a layout has no
+piece of: dense feed-forward networks (each rank has a summand), routed experts and the vision tower
+(no dim of tokens). The next watched module shows their differences.
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -11,17 +12,18 @@ from collections.abc import Callable, Collection, Iterator
 from torch import Tensor, nn
 
 from train.model.block import Block
+from train.model.embedding import TokenEmbedding
+from train.model.ffn import FeedForward
 from train.model.moe.experts import Experts
 from train.model.moe.layer import MoeLayer
 from train.model.mtp import MultiTokenPrediction
 from train.model.multimodal.tower import VisionTower
+from train.model.streams import Streams
+from train.model.tokens import Tokens
 from train.model.transformer import Transformer
 
 See = Callable[[int, str, Tensor], None]
 """(microbatch of this rank, name, output)."""
-
-_CALLED_AGAIN_AFTER = {"embedding": "read_out", "head": "mtp.0"}
-"""MTP calls these modules once more; on a pipeline stage without layers that may be the only time."""
 
 
 class OutputWatch:
@@ -47,6 +49,8 @@ class OutputWatch:
         # parallelism have made of an output.
         model.register_forward_pre_hook(self._enter)
         model.register_forward_hook(self._leave)
+        if "0" in model.layers:
+            model.layers["0"].register_forward_pre_hook(self._enter_block)
         watched = dict(_watched(model))
         for name, module in model.named_modules():
             if name:
@@ -63,14 +67,19 @@ class OutputWatch:
     def _leave(self, model: nn.Module, args: object, output: object) -> None:
         self.order, self._done = self._done or self.order, None
 
+    def _enter_block(self, block: nn.Module, args: tuple[Streams, Tokens]) -> None:
+        if self._done is not None:
+            self._see(self._microbatch, "embedding", args[0].x.detach())
+
     def _hook(self, name: str, *, shown: bool) -> Callable[[nn.Module, object, object], None]:
         def hook(module: nn.Module, args: object, output: object) -> None:
             if self._done is None:
                 return
-            again = _CALLED_AGAIN_AFTER.get(name) in self._done
-            for place, tensor in _tensors(f"{name} of MTP" if again else name, output):
+            # MTP calls the head once more.
+            place = f"{name} of MTP" if name in self._done else name
+            for part, tensor in _tensors(place, output):
                 if shown:
-                    self._see(self._microbatch, place, tensor.detach())
+                    self._see(self._microbatch, part, tensor.detach())
             self._done.setdefault(name, len(self._done))
 
         return hook
@@ -84,10 +93,11 @@ class OutputWatch:
 
 def _watched(model: Transformer) -> Iterator[tuple[str, nn.Module]]:
     owners = Transformer | Block | MultiTokenPrediction | MoeLayer
-    unseen = nn.ModuleDict | nn.ModuleList | Experts | VisionTower
+    unseen = nn.ModuleDict | nn.ModuleList | TokenEmbedding | Experts | VisionTower
     for name, module in model.named_modules():
         owner = model.get_submodule(name.rpartition(".")[0])
         is_part = isinstance(owner, owners) and not isinstance(module, unseen)
+        is_part &= not (isinstance(owner, Block) and isinstance(module, FeedForward))
         if name and (is_part or isinstance(module, Block | MultiTokenPrediction)):
             yield name, module
 
