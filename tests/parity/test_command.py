@@ -27,6 +27,7 @@ from launch.run_dir import write_status
 from launch.validate import world_size
 from parallel.backend.cpu import CpuBackend
 from parallel.expert import AllToAllDispatcher
+from parallel.sequence import SequencePart
 from tests.harness import run_distributed
 from train.build import Training
 from train.config import RunConfig
@@ -86,6 +87,20 @@ def load_counts_stay_local() -> None:
         return {}
 
     train.step.update_router_bias = update
+
+
+def balance_counts_stay_local() -> None:
+    SequencePart.sum_over = lambda self, x: x  # type: ignore[method-assign]
+
+
+def context_and_tensor_ranks_sum_wrongly() -> None:
+    right = SequencePart.scatter_queries
+
+    def wrong(self: SequencePart, x: Tensor) -> Tensor:
+        is_broken = self.split.context is not None and self.split.tensor is not None
+        return right(self, x) * (1.0 + 1e-9 * is_broken)
+
+    SequencePart.scatter_queries = wrong  # type: ignore[method-assign]
 
 
 def the_norm_counts_replicas() -> None:
@@ -167,7 +182,7 @@ def test_layouts_that_compute_the_same(
 
 
 @pytest.mark.parametrize(
-    ("fault", "layout", "first", "axis"),
+    ("fault", "layout", "first", "blamed"),
     [
         (one_rank_scales_expert_rows, "dp2,ep2", "output of layers.1.ffn", "ep"),
         slow(gradients_are_averaged, "dp2,ep2", "gradient of mtp.0.norm.weight", "dp"),
@@ -175,17 +190,24 @@ def test_layouts_that_compute_the_same(
             load_counts_stay_local, "dp2", "layers.1.ffn.router.expert_bias after the update", "dp"
         ),
         slow(the_norm_counts_replicas, "dpr2", "gradient norm", "dpr"),
+        slow(balance_counts_stay_local, "cp2,tp2", "loss_balance", "cp and tp, each alone"),
+        slow(
+            context_and_tensor_ranks_sum_wrongly,
+            "dp2,cp2,tp2",
+            "output of embedding",
+            "cp together with tp",
+        ),
     ],
 )
 def test_a_fault_is_named(
-    parity: Callable[..., tuple[int, str]], fault: Fault, layout: str, first: str, axis: str
+    parity: Callable[..., tuple[int, str]], fault: Fault, layout: str, first: str, blamed: str
 ) -> None:
     code, answer = parity(fault, "--layout", layout, "--json")
     assert code == 1
     row = rows(answer)[layout]
     assert not row["ok"]
-    assert row["first_difference"] == f"{first} in step 1, by {axis}"
-    assert row["axes"] == [axis]
+    assert row["first_difference"] == f"{first} in step 1, by {blamed}"
+    assert row["axes"] == re.findall(r"cp|tp|dpr|dp|ep", blamed)
 
 
 def test_the_table_says_what_was_compared_and_what_differs(
