@@ -21,12 +21,11 @@ _Add = Callable[[_Run, str], argparse.ArgumentParser]
 
 _COMMANDS = (
     *("list", "show", "train", "resume", "status", "logs", "data"),
-    *("bench", "dash", "ablate", "report", "checkpoint"),
+    *("parity", "bench", "dash", "ablate", "report", "checkpoint"),
 )
 _NOT_YET = {
     "plan": "check a layout and predict memory, speed and cost",
     "launch": "submit to Slurm, Kubernetes, Kubeflow or Volcano",
-    "parity": "compare layouts, gradient by gradient",
     "checkpoint inspect": "list tensors",
     "checkpoint verify": "check hashes",
     "doctor": "check environment, backends and collectives",
@@ -139,6 +138,21 @@ def _add_tools(add: _Add) -> None:
     )
     build.add_argument("corpus", metavar="CORPUS", choices=["quickstart"], help="quickstart")
     build.add_argument("-o", "--output", type=Path, default=Path("corpus"))
+    command = add(_parity, "compare layouts with one rank, gradient by gradient")
+    _add_recipe(command)
+    command.add_argument(
+        "--layout",
+        action="append",
+        required=True,
+        metavar="AXES",
+        help="axis and size, comma-joined, such as dp2,ep2; dp, dpr (replicas), tp, pp, cp, ep; "
+        "may be given several times",
+    )
+    command.add_argument(
+        "--dtype", choices=["fp64", "fp32"], help="default: fp64 where the backend has it"
+    )
+    command.add_argument("--steps", type=int, default=1, help="optimizer steps (default: 1)")
+    _add_json(command)
     command = add(_bench, "a benchmark of the project, beside a peer")
     command.add_argument("name", metavar="NAME")
     _add_json(command)
@@ -264,6 +278,19 @@ def _checkpoint(options: argparse.Namespace) -> int:
         options.destination,
         dtype=options.dtype,
         max_shard_size=options.max_shard_size,
+    )
+
+
+def _parity(options: argparse.Namespace) -> int:
+    from launch.parity.command import parity  # noqa: PLC0415
+
+    return parity(
+        options.recipe,
+        options.overrides,
+        layouts=options.layout,
+        dtype=options.dtype,
+        steps=options.steps,
+        as_json=options.json,
     )
 
 

@@ -55,7 +55,7 @@ def _prepare(recipe: Recipe, run_dir: Path | None) -> Path:
         RecipeError: the corpus is missing or does not fit.
         RunDirError: the directory is in use.
     """
-    if problems := _obstacles(recipe.config):
+    if problems := obstacles(recipe.config):
         raise RecipeError(problems)
     path = new_run_dir(recipe.config.name, run_dir)
     write_environment(path)
@@ -77,7 +77,7 @@ def resume(run_dir: Path, overrides: Sequence[str]) -> int:
     newest = newest_checkpoint(run_dir)
     begun = newest is None or not holds_only_weights(newest[1])
     config = change(before, overrides, CHANGEABLE if begun else CHANGEABLE_BEFORE_TRAINING)
-    if problems := _obstacles(config):
+    if problems := obstacles(config):
         raise RecipeError([*problems, *_started_elsewhere(run_dir)])
     step = newest[0] if newest else 0
     if step >= config.train.steps:
@@ -95,7 +95,7 @@ def resume(run_dir: Path, overrides: Sequence[str]) -> int:
     return _run_and_summarize(run_dir, config)
 
 
-def _obstacles(config: RunConfig) -> list[str]:
+def obstacles(config: RunConfig) -> list[str]:
     """Why a valid recipe cannot be trained here."""
     problems = corpus_problems(config)
     name, where = config.parallel.backend, "parallel.backend"

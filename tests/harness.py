@@ -14,6 +14,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+torch.use_deterministic_algorithms(False)
+"""The default. The call imports a second's worth of modules, which forked ranks need not do then."""
+
 
 def run_distributed(
     function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 50.0

@@ -7,15 +7,37 @@ the slow imports: a stop request during start-up is honoured after the first ste
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
+from train.config import RunConfig
 from train.lifetime import die_with_parent
 from train.recipe import load_resolved
 from train.stop import StopRequest
 
+Body = Callable[[RunConfig, Path, StopRequest], int]
+"""What a rank does, from recipe and run directory; returns the exit code."""
 
-def main() -> int:
-    """Run this rank to its end; returns its exit code."""
+
+def run_rank(import_body: Callable[[], Body]) -> NoReturn:
+    """Run this process as a rank, and end it.
+
+    Args:
+        import_body: called when the signal handlers are in place.
+    """
+    try:
+        exit_code = _main(import_body)
+    except BaseException:
+        traceback.print_exc()
+        exit_code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Threads of a collective library whose peer died must not keep a finished rank alive.
+    os._exit(exit_code)
+
+
+def _main(import_body: Callable[[], Body]) -> int:
     die_with_parent()
     stop = StopRequest()
     stop.install()
@@ -25,21 +47,17 @@ def main() -> int:
     import torch.distributed as dist  # noqa: PLC0415 - after the handlers
     from torch.distributed.elastic.multiprocessing.errors import record  # noqa: PLC0415
 
-    from train.loop import train  # noqa: PLC0415
-
-    code = record(train)(config, run_dir, stop)
+    code = record(import_body())(config, run_dir, stop)
     assert code is not None  # None: a SystemExit(0) inside, which the loop never raises
     dist.destroy_process_group()
     return code
 
 
+def _import_training() -> Body:
+    from train.loop import train  # noqa: PLC0415 - after the handlers
+
+    return train
+
+
 if __name__ == "__main__":
-    try:
-        exit_code = main()
-    except BaseException:
-        traceback.print_exc()
-        exit_code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Threads of a collective library whose peer died must not keep a finished rank alive.
-    os._exit(exit_code)
+    run_rank(_import_training)

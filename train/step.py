@@ -6,6 +6,7 @@ accumulation depth or uneven number of labels needs a factor.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -24,8 +25,16 @@ from train.monitor.routing import routing_metrics
 from train.optim.schedule import learning_rate, mtp_loss_weight
 
 
-def train_step(training: Training, batch: Batch, step: int) -> Record:
+def train_step(
+    training: Training, batch: Batch, step: int, on_gradients: Callable[[], None] | None = None
+) -> Record:
     """Train on this rank's sequences of the global batch of optimizer step `step`.
+
+    Args:
+        training: what is trained.
+        batch: this rank's sequences.
+        step: from 1.
+        on_gradients: called on all ranks when the gradients are whole, before they are clipped.
 
     Returns:
         Global values of the step, the same on every rank.
@@ -49,6 +58,8 @@ def train_step(training: Training, batch: Batch, step: int) -> Record:
     sums[:2] = forward_backward(training, microbatches, valid=valid, mtp_weight=mtp_weight)
     sums[2] = sum(moe.take_balance_loss() for moe in model.moe_layers())
     dist.all_reduce(sums)
+    if on_gradients is not None:
+        on_gradients()
     gradient_norm = clip_by_global_norm(
         dict(model.named_parameters()),
         config.optim.max_grad_norm,

@@ -1,0 +1,1 @@
+"""`mneme parity`: the first steps of a recipe on one rank and on layouts, compared tensor by tensor."""

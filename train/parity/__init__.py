@@ -1,0 +1,1 @@
+"""What the ranks of `mneme parity` do: train a few steps and compare every tensor with one rank's."""
