@@ -20,7 +20,6 @@ from train.checkpoint.state import Progress
 from train.config import RunConfig
 from train.loop import open_batches
 from train.metrics import MetricsLog
-from train.model.transformer import Transformer
 from train.parity.outputs import OutputWatch
 from train.parity.task import Findings, Kind, Task
 from train.parity.tensors import Comparison, Ledger, Reference, gathered
@@ -73,8 +72,7 @@ class _Recorder:
         self._findings = findings
         self._ledger: Ledger = Reference(run_dir, findings)
         self._step = self._first_microbatch = 0
-        # With a pipeline a rank may hold several stages.
-        self._models = [m for m in training.model.modules() if isinstance(m, Transformer)]
+        self._models = training.model.stages
         self._watches = [OutputWatch(model, self._output) for model in self._models]
 
     def start_step(self, step: int, phase: Phase) -> None:

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from launch.layouts import TypedLayout
@@ -10,7 +12,7 @@ EXPERTS = 8
 def is_legal(layout: TypedLayout) -> bool:
     config = {"dp": "data", "dpr": "data_replicate", "tp": "tensor", "pp": "pipeline"}
     words = config | {"cp": "context", "ep": "expert"}
-    sizes = ParallelLayout(**{words[axis]: size for axis, size in layout.sizes})
+    sizes = replace(ParallelLayout(), **{words[axis]: size for axis, size in layout.sizes})
     return EXPERTS % sizes.expert == 0 and sizes.stage_size % sizes.expert == 0
 
 
