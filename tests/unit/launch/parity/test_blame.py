@@ -1,4 +1,4 @@
-from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -10,9 +10,10 @@ EXPERTS = 8
 
 
 def is_legal(layout: TypedLayout) -> bool:
-    config = {"dp": "data", "dpr": "data_replicate", "tp": "tensor", "pp": "pipeline"}
-    words = config | {"cp": "context", "ep": "expert"}
-    sizes = replace(ParallelLayout(), **{words[axis]: size for axis, size in layout.sizes})
+    words = {"dp": "data", "dpr": "data_replicate", "tp": "tensor", "pp": "pipeline"}
+    words |= {"cp": "context", "ep": "expert"}
+    chosen: dict[str, Any] = {words[axis]: size for axis, size in layout.sizes}
+    sizes = ParallelLayout(**chosen)
     return EXPERTS % sizes.expert == 0 and sizes.stage_size % sizes.expert == 0
 
 
