@@ -1,15 +1,14 @@
-"""Entry point of one rank: `python -m train.run RUN_DIR`, started by the launcher.
+"""Entry point of one rank: `python -m train.run RUN_DIR`, started by the runner or by torchrun.
 
 Reads only RUN_DIR/recipe.yaml, so that every rank sees the same recipe. Signal handlers come before
 the slow imports: a stop request during start-up is honoured after the first step.
 """
 
-import os
 import sys
 import traceback
 from pathlib import Path
 
-from train.lifetime import die_with_parent
+from train.lifetime import die_with_parent, fast_imports, leave
 from train.recipe import load_resolved
 from train.stop import StopRequest
 
@@ -21,11 +20,11 @@ def main() -> int:
     stop.install()
     run_dir = Path(sys.argv[1])
     config = load_resolved(run_dir / "recipe.yaml")
+    with fast_imports():
+        import torch.distributed as dist  # noqa: PLC0415 - after the handlers
+        from torch.distributed.elastic.multiprocessing.errors import record  # noqa: PLC0415
 
-    import torch.distributed as dist  # noqa: PLC0415 - after the handlers
-    from torch.distributed.elastic.multiprocessing.errors import record  # noqa: PLC0415
-
-    from train.loop import train  # noqa: PLC0415
+        from train.loop import train  # noqa: PLC0415
 
     code = record(train)(config, run_dir, stop)
     assert code is not None  # None: a SystemExit(0) inside, which the loop never raises
@@ -39,7 +38,4 @@ if __name__ == "__main__":
     except BaseException:
         traceback.print_exc()
         exit_code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Threads of a collective library whose peer died must not keep a finished rank alive.
-    os._exit(exit_code)
+    leave(exit_code)

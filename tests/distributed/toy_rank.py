@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from train.checkpoint.commit import begin, commit, newest_checkpoint
-from train.lifetime import die_with_parent
+from train.lifetime import die_with_parent, leave
 from train.stop import STOPPED_EXIT_CODE, StopRequest
 
 RANK = int(os.environ["RANK"])
@@ -104,6 +104,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    os._exit(code)
+    leave(main())
