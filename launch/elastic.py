@@ -4,7 +4,8 @@ import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from torch.distributed.elastic.events import Event, EventSource, get_logging_handler
+from torch.distributed.elastic.events.api import Event, EventSource
+from torch.distributed.elastic.events.handlers import get_logging_handler
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch

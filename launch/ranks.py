@@ -115,11 +115,6 @@ class Rank:
                 self._process.kill()
 
     @property
-    def crashed(self) -> bool:
-        """Whether a signal ended it that torch's launcher did not send."""
-        return self.exit_code is not None and -signal.SIGTERM != self.exit_code < 0
-
-    @property
     def failed_at(self) -> float:
         """When its exception was recorded, in seconds; infinite if none was."""
         path = self._files.error
@@ -235,11 +230,17 @@ def first_failure(ranks: Sequence[Rank]) -> Rank | None:
 
     A signal from outside leaves no record and its victims' records come later, so it goes first;
     then the earliest recorded exception, even if that rank took longer to exit than its victims.
-    SIGTERM tells nothing: torch's launcher sends it to all others, and one that is just about to
-    exit dies of it.
+    SIGTERM counts for little: torch's launcher sends it to all others, and a rank that is just
+    about to exit dies of it.
     """
     failed = [rank for rank in ranks if rank.failed() and not rank.killed]
-    return min(failed, key=lambda rank: (not rank.crashed, rank.failed_at), default=None)
+    return min(failed, key=_order_of_failure, default=None)
+
+
+def _order_of_failure(rank: Rank) -> tuple[bool, float, bool]:
+    ended = rank.exit_code == -signal.SIGTERM
+    crashed = rank.exit_code is not None and rank.exit_code < 0 and not ended
+    return not crashed, rank.failed_at, ended
 
 
 def available_cores() -> int:

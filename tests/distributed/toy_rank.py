@@ -89,7 +89,7 @@ def main() -> int:
     sys.stdout.flush()
     (run_dir / f"pid-{RANK}").write_text(str(os.getpid()))
     if mine("child"):
-        child = subprocess.Popen(["sleep", "60"])
+        child = subprocess.Popen(["sleep", "60"], start_new_session=bool(TOY.get("daemon")))
         (run_dir / f"child-{RANK}").write_text(str(child.pid))
     time.sleep(TOY.get("slow_start", 0.0))
     stop = StopRequest()
