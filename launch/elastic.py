@@ -76,7 +76,7 @@ def run_to_end(
     def read(record: logging.LogRecord) -> bool:
         event = Event.deserialize(record.getMessage())
         if event.source == EventSource.WORKER and event.metadata["state"] == "START":
-            pids[int(event.metadata["global_rank"] or 0)] = int(event.metadata["worker_id"] or 0)
+            pids[int(str(event.metadata["global_rank"]))] = int(str(event.metadata["worker_id"]))
             if len(pids) == count:
                 started(pids)
         return False  # nothing is printed
