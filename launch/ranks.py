@@ -122,10 +122,10 @@ class Rank:
 
     def explain(self) -> str:
         """What happened to a rank that failed."""
-        if self.exit_code is not None and self.exit_code < 0:
-            return f"rank {self.number} was killed by {_signal_name(-self.exit_code)}"
         if self._files.error.exists():
             return f"rank {self.number} failed: {_recorded_error(self._files.error)}"
+        if self.exit_code is not None and self.exit_code < 0:
+            return f"rank {self.number} was killed by {_signal_name(-self.exit_code)}"
         said = "\n  ".join([f"exit code {self.exit_code}", *_last_lines(self.log)])
         return f"rank {self.number} failed: {said}"
 
@@ -239,8 +239,8 @@ def first_failure(ranks: Sequence[Rank]) -> Rank | None:
 
 def _order_of_failure(rank: Rank) -> tuple[bool, float, bool]:
     ended = rank.exit_code == -signal.SIGTERM
-    crashed = rank.exit_code is not None and rank.exit_code < 0 and not ended
-    return not crashed, rank.failed_at, ended
+    from_outside = (rank.exit_code or 0) < 0 and not ended and rank.failed_at == float("inf")
+    return not from_outside, rank.failed_at, ended
 
 
 def available_cores() -> int:

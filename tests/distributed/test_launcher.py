@@ -228,6 +228,20 @@ def test_a_failure_without_a_record_is_explained_and_ends_the_others(
     assert launcher.alive("child-*") == []
 
 
+def test_a_rank_that_hangs_does_not_hold_up_the_failure_of_another(
+    launch: Callable[..., Launcher],
+) -> None:
+    launcher = launch(steps=10**6, hang_on_stop=[0], crash=[1])
+    started = time.monotonic()
+    code, output = launcher.finish()
+    assert time.monotonic() - started < 25.0  # torch's launcher alone gives it 30
+    assert code == 1
+    assert "rank 1 failed: exit code 1\n" in output
+    assert "ValueError: the toy broke" in output
+    assert launcher.exit_codes == {"0": -signal.SIGKILL, "1": 1}
+    assert launcher.alive() == []
+
+
 def test_children_that_a_finished_rank_left_are_killed(launch: Callable[..., Launcher]) -> None:
     launcher = launch(child=[0])
     assert launcher.finish()[0] == 0

@@ -45,6 +45,10 @@ def test_a_rank_killed_from_outside_comes_before_those_that_lost_it(tmp_path: Pa
     ranks = [ended(tmp_path, 0, 1, recorded_at=1.0), ended(tmp_path, 1, -9)]
     assert first(ranks).number == 1
     assert "SIGKILL (out of memory?" in first(ranks).explain()
+    aborted = ended(tmp_path, 2, -6, recorded_at=2.0)  # it lost rank 1, and died while it left
+    assert first([*ranks, aborted]).number == 1
+    assert first([ranks[0], aborted]).number == 0
+    assert "see " in aborted.explain()
 
 
 def test_ranks_that_were_ended_because_another_failed_are_not_named(tmp_path: Path) -> None:
