@@ -1,12 +1,14 @@
 """Run the ranks of a run on this machine, from start to verdict.
 
-`launch.start` and `launch.study` call `run_ranks`. It owns the signals: the first stop request is
-passed on to the ranks, which save and leave; whatever happens, no rank is left when it returns.
+`launch.start` calls `run_ranks`. It owns the signals: the first stop request is passed on to the
+ranks, which save and leave; whatever happens, no process is left when it returns.
 """
 
+import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,18 +16,21 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from launch.progress import ProgressLine
-from launch.ranks import Rank, available_cores, first_failure, reserved_port, start_ranks
+from launch.ranks import Runner, available_cores, first_failure, no_survivors, reserved_port
 from launch.run_dir import held, next_attempt, write_status
 from launch.validate import world_size
 from train.checkpoint.commit import newest_checkpoint
 from train.config import RunConfig
+from train.lifetime import LAUNCHER_PID, die_with_parent
 from train.stop import STOPPED_EXIT_CODE
 
 _POLL_SECONDS = 0.05
-_HEALTHY_CODES = (0, STOPPED_EXIT_CODE)
 
 _VICTIM_SECONDS = 1.0
 """Time for the other ranks to notice that one failed, and to log what they saw."""
+
+_REPORT_SECONDS = 10.0
+"""Time for the runner, whose ranks are gone, to tell how they ended; it needs a fraction."""
 
 _SAME_KEYSTROKE_SECONDS = 0.5
 """A wrapper (make, a shell) may pass on the SIGINT that the terminal has also sent."""
@@ -92,6 +97,8 @@ def run_ranks(run_dir: Path, config: RunConfig, *, module: str = "train.run") ->
     Raises:
         RunDirError: another launcher is at work in `run_dir`.
     """
+    if LAUNCHER_PID in os.environ:
+        die_with_parent()  # a study started us
     count = world_size(config)
     with ExitStack() as stack:
         stack.enter_context(held(run_dir))
@@ -108,20 +115,20 @@ def run_ranks(run_dir: Path, config: RunConfig, *, module: str = "train.run") ->
             first_step=newest[0] if newest else 0,
             ranks=count,
         )
-        ranks = start_ranks(
-            count,
-            [sys.executable, "-m", module, str(run_dir)],
-            logs,
-            run_id=f"{run_dir.name}-attempt-{attempt}",
-            port=port,
-            threads=config.launch.threads_per_rank or max(1, available_cores() // count),
-        )
-        try:
-            with line:
-                verdict = _supervise(ranks, signals, line, config.launch.stop_deadline_seconds)
-        finally:
-            for rank in ranks:
-                rank.kill()
+        with no_survivors():
+            runner = Runner(
+                run_dir,
+                logs,
+                module=module,
+                count=count,
+                port=port,
+                threads=config.launch.threads_per_rank or max(1, available_cores() // count),
+            )
+            try:
+                with line:
+                    verdict = _supervise(runner, signals, line, config.launch.stop_deadline_seconds)
+            finally:
+                runner.kill()
         write_status(run_dir, state=verdict.state, reason=verdict.reason, ranks=count)
     if verdict.state == "failed":
         print(verdict.reason, file=sys.stderr)
@@ -129,51 +136,64 @@ def run_ranks(run_dir: Path, config: RunConfig, *, module: str = "train.run") ->
 
 
 def _supervise(
-    ranks: list[Rank], signals: StopSignals, line: ProgressLine, deadline_seconds: float
+    runner: Runner, signals: StopSignals, line: ProgressLine, deadline_seconds: float
 ) -> Verdict:
     """Wait for all ranks to leave, or for a reason to end them."""
     deadline = None
-    while True:
-        codes = [rank.poll() for rank in ranks]
-        if any(code not in (None, *_HEALTHY_CODES) for code in codes):
-            return _failure(ranks)
-        if None not in codes:
-            return _verdict_of_codes(codes, signals)
+    while runner.is_running():
+        ranks = runner.ranks()
+        if any(rank.failed() for rank in ranks):
+            _end_victims(runner)
+            break
         if signals.at_once:
             return _failed("killed at the second Ctrl-C, without saving")
-        if deadline is None and (signals.requested or STOPPED_EXIT_CODE in codes):
+        if deadline is None and (signals.requested or any(rank.stopped() for rank in ranks)):
             line.say(f"{signals.requested or 'stop'}: saving a checkpoint; Ctrl-C again kills")
             deadline = time.monotonic() + deadline_seconds
         if deadline is not None:
             for rank in ranks:
                 rank.ask_to_stop()
             if time.monotonic() > deadline:
-                return _too_late(ranks, deadline_seconds)
+                return _too_late(runner, deadline_seconds)
+        time.sleep(_POLL_SECONDS)
+    return _verdict(runner, signals)
+
+
+def _end_victims(runner: Runner) -> None:
+    """Give the other ranks a moment to leave by themselves, then let the runner tell."""
+    ranks = runner.ranks()
+    _wait(lambda: not any(rank.is_running() for rank in ranks), _VICTIM_SECONDS)
+    for rank in ranks:
+        rank.kill()
+    _wait(lambda: not runner.is_running(), _REPORT_SECONDS)
+
+
+def _wait(condition: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
         time.sleep(_POLL_SECONDS)
 
 
-def _verdict_of_codes(codes: list[int | None], signals: StopSignals) -> Verdict:
-    if any(codes):
+def _verdict(runner: Runner, signals: StopSignals) -> Verdict:
+    """What the exit codes of all ranks mean."""
+    if not runner.tells_exit_codes():
+        return _failed(f"{runner.explain()}\nits log: {runner.log}")
+    culprit = first_failure(runner.ranks())
+    if culprit is not None:
+        return _failed(f"{culprit.explain()}\nits log: {culprit.log}")
+    if any(rank.stopped() for rank in runner.ranks()):
         reason = f"stopped on {signals.requested or 'request to a rank'}, checkpoint saved"
         return Verdict(state="stopped", reason=reason, exit_code=STOPPED_EXIT_CODE)
     return Verdict(state="done", reason="all steps done", exit_code=0)
 
 
-def _failure(ranks: list[Rank]) -> Verdict:
-    """Give the others a moment to leave by themselves, then say who was first and why."""
-    deadline = time.monotonic() + _VICTIM_SECONDS
-    while time.monotonic() < deadline and any(rank.poll() is None for rank in ranks):
-        time.sleep(_POLL_SECONDS)
-    culprit = first_failure(ranks, _HEALTHY_CODES)
-    return _failed(f"{culprit.explain()}\nits log: {culprit.log}")
-
-
-def _too_late(ranks: list[Rank], deadline_seconds: float) -> Verdict:
-    late = ", ".join(str(rank.number) for rank in ranks if rank.exit_code is None)
+def _too_late(runner: Runner, deadline_seconds: float) -> Verdict:
+    late = [rank for rank in runner.ranks() if rank.is_running()]
+    who = f"rank {', '.join(str(rank.number) for rank in late)}" if late else "the runner"
     return _failed(
-        f"rank {late} had not saved and left {deadline_seconds:g} s after the stop request and was "
+        f"{who} had not saved and left {deadline_seconds:g} s after the stop request and was "
         "killed; raise launch.stop_deadline_seconds if a checkpoint takes longer\n"
-        f"its log: {next(rank.log for rank in ranks if rank.exit_code is None)}"
+        f"its log: {late[0].log if late else runner.log}"
     )
 
 

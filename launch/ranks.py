@@ -1,10 +1,10 @@
-"""The rank processes of this node: start, ask to stop, kill, and tell why one failed.
+"""The processes of a run on this node, as the launcher sees them: the runner and its ranks.
 
-`launch.local` drives these. A rank gets the environment that torchrun would give it, and
-`torchrun -m train.run RUN_DIR` starts the same ranks: a test compares the two runs bit by bit.
-Ours are plain subprocesses: torch's elastic agent takes an exit with 85 for a failure and ends the
-other ranks with a deadline of its own, writes stdout and stderr to two logs, hides the processes
-whose signals and memory the launcher looks at, and costs an import of torch.
+`launch.local` drives these. The runner starts the ranks through torch's launcher, in the
+environment of torchrun; `torchrun -m train.run RUN_DIR` starts the same ranks, and a test compares
+the two runs bit by bit. Watching, asking and killing is done from here, by process id: torch's
+launcher would pass a signal on only to end all ranks at once, and after a failure it gives the
+others 30 s. What the runner and the ranks have to tell lies in files beside the logs.
 """
 
 import json
@@ -12,154 +12,235 @@ import os
 import signal
 import socket
 import subprocess
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train.lifetime import LAUNCHER_PID
+import psutil
 
+from train.lifetime import LAUNCHER_PID, adopt_orphans
+from train.stop import STOPPED_EXIT_CODE, held_until_installed
+
+PIDS_FILE = "pids.json"
+"""Written by the runner once it has started its ranks: {rank: process id}."""
+EXIT_CODES_FILE = "exit-codes.json"
+"""Written by the runner when all its ranks are gone: {rank: exit code}; negative: a signal."""
+
+_HEALTHY_CODES = (0, STOPPED_EXIT_CODE)
 _LOG_TAIL_LINES = 5
 
-_ALLOCATOR = ":".join(
-    [
-        "glibc.malloc.hugetlb=1",
-        "glibc.malloc.mmap_threshold=4294967296",
-        "glibc.malloc.trim_threshold=8589934592",
-        "glibc.malloc.top_pad=67108864",
-    ]
-)
-"""Keeps freed host memory in the process. By default glibc returns large blocks to the kernel after
-each use, and faulting them in again costs a CPU run a tenth of its speed and more."""
+
+@dataclass(frozen=True)
+class RankFiles:
+    """What a rank leaves in the logs of an attempt."""
+
+    logs: Path
+    rank: int
+
+    @property
+    def log(self) -> Path:
+        """What it printed, stdout and stderr."""
+        return self.logs / f"rank-{self.rank}.log"
+
+    @property
+    def error(self) -> Path:
+        """The exception that torch's `record` wrote."""
+        return self.logs / f"rank-{self.rank}.error.json"
+
+    @property
+    def exit_code(self) -> Path:
+        """Where it leaves its exit code (`train.lifetime.leave`)."""
+        return self.logs / f"rank-{self.rank}.exit-code"
+
+    def told_exit_code(self) -> int | None:
+        """The exit code that it left there; None if it had no time for that."""
+        try:
+            text = self.exit_code.read_text(encoding="ascii")
+        except FileNotFoundError:
+            return None
+        return int(text) if text else None
 
 
 class Rank:
-    """One process with its log, in a process group of its own."""
+    """One rank process; it is the runner's child, not ours."""
+
+    def __init__(self, pid: int, files: RankFiles) -> None:
+        self.number = files.rank
+        self.log = files.log
+        self.exit_code: int | None = None
+        """As torch's launcher saw it, None until the runner has told; negative: a signal."""
+        self.asked_to_stop = False
+        self.killed = False
+        """By us, so that its end explains nothing."""
+        self._files = files
+        self._process: psutil.Process | None = None
+        """None once it is gone."""
+        with suppress(psutil.NoSuchProcess):
+            self._process = psutil.Process(pid)
+
+    def is_running(self) -> bool:
+        """Whether it has not left yet."""
+        if self._process is not None:
+            try:
+                gone = self._process.status() == psutil.STATUS_ZOMBIE
+            except psutil.NoSuchProcess:
+                gone = True
+            if gone:
+                self._process = None
+        return self._process is not None
+
+    def stopped(self) -> bool:
+        """Whether it has saved and left on request."""
+        return not self.is_running() and self._files.told_exit_code() == STOPPED_EXIT_CODE
+
+    def failed(self) -> bool:
+        """Whether it has left in another way than done or stopped."""
+        return not self.is_running() and self._files.told_exit_code() not in _HEALTHY_CODES
+
+    def ask_to_stop(self) -> None:
+        """Send SIGUSR1, once. A rank that does not listen yet gets it when it does."""
+        if self._process is not None and not self.asked_to_stop:
+            with suppress(psutil.NoSuchProcess):
+                self._process.send_signal(signal.SIGUSR1)
+            self.asked_to_stop = True
+
+    def kill(self) -> None:
+        """Kill it if it runs."""
+        if self._process is not None and self.is_running():
+            self.killed = True
+            with suppress(psutil.NoSuchProcess):
+                self._process.kill()
+
+    @property
+    def failed_at(self) -> float:
+        """When its exception was recorded, in seconds; infinite if none was."""
+        path = self._files.error
+        return path.stat().st_mtime if path.exists() else float("inf")
+
+    def explain(self) -> str:
+        """What happened to a rank that failed."""
+        if self._files.error.exists():
+            return f"rank {self.number} failed: {_recorded_error(self._files.error)}"
+        if self.exit_code is not None and self.exit_code < 0:
+            return f"rank {self.number} was killed by {_signal_name(-self.exit_code)}"
+        said = "\n  ".join([f"exit code {self.exit_code}", *_last_lines(self.log)])
+        return f"rank {self.number} failed: {said}"
+
+
+class Runner:
+    """The process that starts the ranks of this node: `launch.runner`."""
 
     def __init__(
-        self, number: int, command: list[str], environment: dict[str, str], log: Path
+        self, run_dir: Path, logs: Path, *, module: str, count: int, port: int, threads: int
     ) -> None:
-        self.number = number
-        self.log = log
-        self.error_file = log.with_suffix(".error.json")
-        self.exit_code: int | None = None
-        """None while it runs; negative: the signal that killed it."""
-        self.asked_to_stop = False
-        environment = environment | {"TORCHELASTIC_ERROR_FILE": str(self.error_file)}
-        with log.open("wb") as output:
+        """Start it.
+
+        Args:
+            run_dir: the run.
+            logs: folder of this attempt.
+            module: what a rank runs, as `python -m MODULE RUN_DIR`.
+            count: number of ranks. Their number is local and global alike.
+            port: where the ranks meet.
+            threads: OMP_NUM_THREADS of a rank.
+        """
+        self.log = logs / "runner.log"
+        self._logs = logs
+        self._ranks: list[Rank] = []
+        command = [sys.executable, "-m", "launch.runner", str(run_dir), f"--logs={logs}"]
+        command += [f"--module={module}", f"--ranks={count}", f"--endpoint=127.0.0.1:{port}"]
+        inherited = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith("TORCHELASTIC_")
+        }
+        own = {
+            "OMP_NUM_THREADS": str(threads),
+            "PYTHONSAFEPATH": "1",  # a `train.py` in the user's directory must not shadow ours
+            LAUNCHER_PID: str(os.getpid()),
+        }
+        with self.log.open("wb") as output, held_until_installed():
             self._process = subprocess.Popen(
                 command,
-                env=environment,
+                env=inherited | own,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C in the terminal reaches the launcher alone
             )
 
-    def poll(self) -> int | None:
-        """The exit code, None while it runs. What the rank left behind in its group is killed."""
-        if self.exit_code is None:
-            # Looked at without reaping: until then nobody else can get its process group's number.
-            options = os.WEXITED | os.WNOHANG | os.WNOWAIT
-            if os.waitid(os.P_PID, self._process.pid, options) is not None:
-                self._kill_group()
-                self.exit_code = self._process.wait()
-        return self.exit_code
+    def is_running(self) -> bool:
+        """Whether it has not left yet, which it does after its ranks."""
+        return self._process.poll() is None
 
-    def ask_to_stop(self) -> None:
-        """Send SIGUSR1, once, as soon as the rank listens: earlier it would just die of it."""
-        if self.exit_code is None and not self.asked_to_stop and self._listens():
-            self._process.send_signal(signal.SIGUSR1)
-            self.asked_to_stop = True
+    def ranks(self) -> list[Rank]:
+        """Its ranks; none until it has started all of them."""
+        if not self._ranks:
+            self._ranks = [
+                Rank(pid, RankFiles(self._logs, number))
+                for number, pid in _numbers(self._logs / PIDS_FILE).items()
+            ]
+        return self._ranks
+
+    def tells_exit_codes(self) -> bool:
+        """Take over what torch's launcher saw of the ranks; False if the runner did not tell."""
+        codes = _numbers(self._logs / EXIT_CODES_FILE)
+        for rank in self.ranks():
+            rank.exit_code = codes.get(rank.number)
+        return bool(codes)
 
     def kill(self) -> None:
-        """Kill the rank and its children, and wait until it is gone."""
-        if self.exit_code is None:
-            self._kill_group()
-            self.exit_code = self._process.wait()
-
-    def _kill_group(self) -> None:
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-
-    def _listens(self) -> bool:
-        """Whether the rank has a handler for SIGUSR1; without /proc it is taken for granted."""
-        try:
-            status = Path(f"/proc/{self._process.pid}/status").read_text(encoding="ascii")
-        except OSError:
-            return True
-        caught = next((line for line in status.splitlines() if line.startswith("SigCgt:")), ":0")
-        return bool(int(caught.split(":")[1], 16) >> (signal.SIGUSR1 - 1) & 1)
-
-    @property
-    def failed_at(self) -> float:
-        """When its exception was recorded, in seconds; infinite if none was."""
-        return self.error_file.stat().st_mtime if self.error_file.exists() else float("inf")
+        """Kill it and wait until it is gone; its ranks die with it."""
+        self._process.kill()
+        self._process.wait()
 
     def explain(self) -> str:
-        """What happened to a rank that failed."""
-        if self.exit_code is not None and self.exit_code < 0:
-            return f"rank {self.number} was killed by {_signal_name(-self.exit_code)}"
-        if self.error_file.exists():
-            return f"rank {self.number} failed: {_recorded_error(self.error_file)}"
-        lines = self.log.read_text(encoding="utf-8", errors="replace").split("\n")
-        tail = [line for line in lines if line.strip()][-_LOG_TAIL_LINES:]
-        said = "\n  ".join([f"exit code {self.exit_code}", *tail])
-        return f"rank {self.number} failed: {said}"
+        """What happened to a runner that did not tell how its ranks ended."""
+        code = self._process.poll()
+        if code is not None and code < 0:
+            return f"the runner of the ranks was killed by {_signal_name(-code)}"
+        how = "it hangs" if code is None else f"exit code {code}"
+        return "\n  ".join([f"the runner of the ranks failed: {how}", *_last_lines(self.log)])
 
 
-def start_ranks(
-    count: int, command: list[str], logs: Path, *, run_id: str, port: int, threads: int
-) -> list[Rank]:
-    """Start `count` ranks of one node. Their number is local and global alike.
+@contextmanager
+def no_survivors() -> Iterator[None]:
+    """Kill, at the end, every process that was started in here, and wait until it is gone.
 
-    Args:
-        count: number of ranks.
-        command: what each rank runs.
-        logs: folder for `rank-R.log`.
-        run_id: name of this attempt.
-        port: where rank 0 opens its store.
-        threads: OMP_NUM_THREADS of a rank.
+    That includes children of a rank which outlived it: they are handed to this process.
     """
-    inherited = {
-        name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")
-    }
-    common = (
-        {"GLIBC_TUNABLES": _ALLOCATOR}
-        | inherited
-        | {
-            "WORLD_SIZE": str(count),
-            "LOCAL_WORLD_SIZE": str(count),
-            "GROUP_RANK": "0",
-            "GROUP_WORLD_SIZE": "1",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "TORCHELASTIC_RUN_ID": run_id,
-            "OMP_NUM_THREADS": str(threads),
-            "PYTHONSAFEPATH": "1",  # a `train.py` in the user's directory must not shadow ours
-            LAUNCHER_PID: str(os.getpid()),
-        }
-    )
-    ranks: list[Rank] = []
+    before = set(psutil.Process().children())
+    adopt_orphans(True)
     try:
-        for number in range(count):
-            own = {"RANK": str(number), "LOCAL_RANK": str(number)}
-            ranks.append(Rank(number, command, common | own, logs / f"rank-{number}.log"))
-    except BaseException:
-        for rank in ranks:
-            rank.kill()
-        raise
-    return ranks
+        yield
+    finally:
+        # The children of those that are killed are handed to us, too, and are next.
+        while survivors := [c for c in psutil.Process().children() if c not in before]:
+            for process in survivors:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            psutil.wait_procs(survivors)
+        adopt_orphans(False)
 
 
-def first_failure(ranks: list[Rank], healthy_codes: tuple[int, ...]) -> Rank:
+def first_failure(ranks: Sequence[Rank]) -> Rank | None:
     """The rank that failed by itself; the others fail because they lose a peer.
 
     A signal from outside leaves no record and its victims' records come later, so it goes first;
     then the earliest recorded exception, even if that rank took longer to exit than its victims.
+    SIGTERM counts for little: torch's launcher sends it to all others, and a rank that is just
+    about to exit dies of it.
     """
-    failed = [rank for rank in ranks if rank.exit_code not in (None, *healthy_codes)]
-    return min(failed, key=lambda rank: ((rank.exit_code or 0) > 0, rank.failed_at))
+    failed = [rank for rank in ranks if rank.failed() and not rank.killed]
+    return min(failed, key=_order_of_failure, default=None)
+
+
+def _order_of_failure(rank: Rank) -> tuple[bool, float, bool]:
+    ended = rank.exit_code == -signal.SIGTERM
+    from_outside = (rank.exit_code or 0) < 0 and not ended and rank.failed_at == float("inf")
+    return not from_outside, rank.failed_at, ended
 
 
 def available_cores() -> int:
@@ -180,6 +261,20 @@ def reserved_port() -> Iterator[int]:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         holder.bind(("127.0.0.1", 0))
         yield int(holder.getsockname()[1])
+
+
+def _numbers(path: Path) -> dict[int, int]:
+    """What the runner wrote into a file; empty if there is none yet."""
+    try:
+        found: dict[str, int] = json.loads(path.read_text(encoding="ascii"))
+    except FileNotFoundError:
+        return {}
+    return {int(rank): number for rank, number in found.items()}
+
+
+def _last_lines(log: Path) -> list[str]:
+    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
+    return [line for line in lines if line.strip()][-_LOG_TAIL_LINES:]
 
 
 def _signal_name(number: int) -> str:

@@ -5,6 +5,7 @@ was stopped, or that failed in one arm, goes on where it was when the command is
 At one seed all arms see the same data in the same order: the order depends only on the seed.
 """
 
+import os
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from launch.compose import RecipeError, compose
 from launch.runs import read_status
 from launch.study_report import write_study_report
 from train.config import RunConfig
+from train.lifetime import LAUNCHER_PID
 from train.recipe import load_resolved, to_plain
 from train.stop import STOPPED_EXIT_CODE
 
@@ -213,7 +215,8 @@ class _Child:
     def run(self, command: Sequence[str]) -> int:
         """Run a command to its end; returns its exit code, 85 if a stop request ended it."""
         # A group of its own: Ctrl-C would otherwise reach the child twice, which may mean "at once".
-        self.process = subprocess.Popen(command, process_group=0)
+        environment = os.environ | {LAUNCHER_PID: str(os.getpid())}  # it ends if we are killed
+        self.process = subprocess.Popen(command, process_group=0, env=environment)
         if self.stopping:
             self.process.terminate()
         code = self.process.wait()

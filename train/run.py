@@ -4,7 +4,6 @@ Reads only RUN_DIR/recipe.yaml, so that every rank sees the same recipe. Signal 
 the slow imports: a stop request during start-up is honoured after the first step.
 """
 
-import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from train.config import RunConfig
-from train.lifetime import die_with_parent
+from train.lifetime import die_with_parent, fast_imports, leave
 from train.recipe import load_resolved
 from train.stop import StopRequest
 
@@ -31,10 +30,7 @@ def run_rank(import_body: Callable[[], Body]) -> NoReturn:
     except BaseException:
         traceback.print_exc()
         exit_code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Threads of a collective library whose peer died must not keep a finished rank alive.
-    os._exit(exit_code)
+    leave(exit_code)
 
 
 def _main(import_body: Callable[[], Body]) -> int:
@@ -44,10 +40,12 @@ def _main(import_body: Callable[[], Body]) -> int:
     run_dir = Path(sys.argv[1])
     config = load_resolved(run_dir / "recipe.yaml")
 
-    import torch.distributed as dist  # noqa: PLC0415 - after the handlers
-    from torch.distributed.elastic.multiprocessing.errors import record  # noqa: PLC0415
+    with fast_imports():
+        import torch.distributed as dist  # noqa: PLC0415 - after the handlers
+        from torch.distributed.elastic.multiprocessing.errors import record  # noqa: PLC0415
 
-    code = record(import_body())(config, run_dir, stop)
+        body = import_body()
+    code = record(body)(config, run_dir, stop)
     assert code is not None  # None: a SystemExit(0) inside, which the loop never raises
     dist.destroy_process_group()
     return code

@@ -5,6 +5,8 @@ lost; `train.loop` asks `agreed` once a step, so that every rank saves the same 
 """
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -17,6 +19,20 @@ STOPPED_EXIT_CODE = 85
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
+@contextmanager
+def held_until_installed() -> Iterator[None]:
+    """Start a process here, and stop requests to it and its children wait until they listen.
+
+    The kernel keeps a blocked signal pending, also from one program to the next; without this, a
+    process that has no handler yet would die of it.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class StopRequest:
     """Remembers that this rank was asked to stop."""
 
@@ -24,9 +40,10 @@ class StopRequest:
         self.signal_name: str | None = None
 
     def install(self) -> None:
-        """Take over SIGTERM, SIGINT and SIGUSR1."""
+        """Take over SIGTERM, SIGINT and SIGUSR1, also those that came before."""
         for number in _SIGNALS:
             signal.signal(number, self._remember)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.signal_name = signal.Signals(number).name

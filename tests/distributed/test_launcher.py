@@ -1,4 +1,4 @@
-"""The runner with real processes: signals, crashes, exit codes, and nobody left behind."""
+"""The launcher with real processes: signals, crashes, exit codes, and nobody left behind."""
 
 import json
 import os
@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 ROOT = Path(__file__).parents[2]
-RUNNER = """
+LAUNCHER = """
 import sys
 from pathlib import Path
 from launch.local import run_ranks
@@ -27,7 +27,7 @@ config = RunConfig(
     train=TrainConfig(steps=5),
     launch=LaunchConfig(stop_deadline_seconds=float(sys.argv[3]), threads_per_rank=3),
 )
-code = run_ranks(Path(sys.argv[1]), config, module="tests.distributed.toy_rank")
+code = run_ranks(Path(sys.argv[1]), config, module=sys.argv[4])
 assert "torch" not in sys.modules
 sys.exit(code)
 """
@@ -36,10 +36,12 @@ sys.exit(code)
 class Launcher:
     """A launcher process with toy ranks."""
 
-    def __init__(self, run_dir: Path, ranks: int, deadline: float, toy: dict[str, Any]) -> None:
+    def __init__(
+        self, run_dir: Path, ranks: int, deadline: float, module: str, toy: dict[str, Any]
+    ) -> None:
         self.run_dir = run_dir
         self.process = subprocess.Popen(
-            [sys.executable, "-c", RUNNER, str(run_dir), str(ranks), str(deadline)],
+            [sys.executable, "-c", LAUNCHER, str(run_dir), str(ranks), str(deadline), module],
             env=os.environ | {"TOY": json.dumps(toy), "PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -47,7 +49,7 @@ class Launcher:
         )
 
     def wait_for(self, what: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 45
         while not what():
             assert time.monotonic() < deadline
             assert self.process.poll() is None, self.process.communicate()[0]
@@ -56,8 +58,18 @@ class Launcher:
     def wait_for_steps(self) -> None:
         self.wait_for((self.run_dir / "metrics.jsonl").exists)
 
+    def wait_for_both(self, names: str = "pid-*") -> None:
+        self.wait_for(lambda: sum(bool(p.read_text()) for p in self.run_dir.glob(names)) == 2)
+
+    @property
+    def runner(self) -> psutil.Process:
+        launcher = psutil.Process(self.process.pid)
+        self.wait_for(lambda: any("launch.runner" in c.cmdline() for c in launcher.children()))
+        [found] = launcher.children()
+        return found
+
     def finish(self) -> tuple[int, str]:
-        output, _ = self.process.communicate(timeout=20)
+        output, _ = self.process.communicate(timeout=45)
         return self.process.returncode, output
 
     def alive(self, names: str = "pid-*") -> list[int]:
@@ -67,6 +79,13 @@ class Launcher:
     @property
     def status(self) -> dict[str, Any]:
         found: dict[str, Any] = json.loads((self.run_dir / "status.json").read_text())
+        return found
+
+    @property
+    def exit_codes(self) -> dict[str, int]:
+        """Of the ranks of the newest attempt."""
+        path = max(self.run_dir.glob("logs/attempt-*")) / "exit-codes.json"
+        found: dict[str, int] = json.loads(path.read_text())
         return found
 
 
@@ -81,8 +100,13 @@ def is_alive(pid: int) -> bool:
 def launch(tmp_path: Path) -> Iterator[Callable[..., Launcher]]:
     started: list[Launcher] = []
 
-    def start(ranks: int = 2, deadline: float = 10.0, **toy: Any) -> Launcher:
-        started.append(Launcher(tmp_path, ranks, deadline, toy))
+    def start(
+        ranks: int = 2,
+        deadline: float = 10.0,
+        module: str = "tests.distributed.toy_rank",
+        **toy: Any,
+    ) -> Launcher:
+        started.append(Launcher(tmp_path, ranks, deadline, module, toy))
         return started[-1]
 
     yield start
@@ -204,6 +228,20 @@ def test_a_failure_without_a_record_is_explained_and_ends_the_others(
     assert launcher.alive("child-*") == []
 
 
+def test_a_rank_that_hangs_does_not_hold_up_the_failure_of_another(
+    launch: Callable[..., Launcher],
+) -> None:
+    launcher = launch(steps=10**6, hang_on_stop=[0], crash=[1])
+    started = time.monotonic()
+    code, output = launcher.finish()
+    assert time.monotonic() - started < 25.0  # torch's launcher alone gives it 30
+    assert code == 1
+    assert "rank 1 failed: exit code 1\n" in output
+    assert "ValueError: the toy broke" in output
+    assert launcher.exit_codes == {"0": -signal.SIGKILL, "1": 1}
+    assert launcher.alive() == []
+
+
 def test_children_that_a_finished_rank_left_are_killed(launch: Callable[..., Launcher]) -> None:
     launcher = launch(child=[0])
     assert launcher.finish()[0] == 0
@@ -234,3 +272,131 @@ def test_a_run_has_one_launcher_at_a_time(launch: Callable[..., Launcher]) -> No
     assert "is being trained by another mneme process" in output
     assert first.process.poll() is None
     assert len(first.alive()) == 2
+
+
+@pytest.mark.parametrize("moment", ["training", "starting"])
+def test_a_killed_runner_leaves_nobody_and_is_named(
+    launch: Callable[..., Launcher], moment: str
+) -> None:
+    launcher = launch(steps=10**6, child=[0, 1], daemon=True)
+    if moment == "training":
+        launcher.wait_for_steps()
+        launcher.wait_for_both("child-*")
+        assert len(launcher.alive()) == len(launcher.alive("child-*")) == 2
+    else:
+        launcher.wait_for((launcher.run_dir / "logs/attempt-1/runner.log").exists)
+    launcher.runner.kill()
+    code, output = launcher.finish()
+    assert code == 1
+    assert "the runner of the ranks was killed by SIGKILL" in output
+    assert str(launcher.run_dir / "logs/attempt-1/runner.log") in output
+    assert launcher.status["state"] == "failed"
+    assert launcher.alive() == launcher.alive("child-*") == []
+    assert len(list(launcher.run_dir.glob("pid-*"))) == (2 if moment == "training" else 0)
+
+
+def test_a_runner_that_cannot_start_the_ranks_is_named(
+    launch: Callable[..., Launcher], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "soon")  # torch's launcher wants a number
+    launcher = launch()
+    code, output = launcher.finish()
+    assert code == 1
+    assert "the runner of the ranks failed: exit code 1\n" in output
+    assert "ValueError: invalid literal" in output
+    assert str(launcher.run_dir / "logs/attempt-1/runner.log") in output
+    assert not list(launcher.run_dir.glob("pid-*"))
+
+
+def test_a_signal_before_the_runner_has_started_the_ranks_is_kept_for_them(
+    launch: Callable[..., Launcher],
+) -> None:
+    launcher = launch(steps=10**6)
+    launcher.wait_for((launcher.run_dir / "logs/attempt-1/runner.log").exists)
+    launcher.process.send_signal(signal.SIGTERM)
+    assert not (launcher.run_dir / "logs/attempt-1/pids.json").exists()
+    code, output = launcher.finish()
+    assert code == 85, output
+    assert launcher.status["step"] >= 1
+
+
+def test_signals_to_all_processes_at_once_save_as_well(launch: Callable[..., Launcher]) -> None:
+    """A cluster may signal every process of a job: the runner ignores it, the ranks do not."""
+    launcher = launch(steps=10**6, slow_start=0.5)
+    launcher.wait_for_both()
+    for pid in (launcher.process.pid, launcher.runner.pid, *launcher.alive()):
+        os.kill(pid, signal.SIGTERM)
+    code, output = launcher.finish()
+    assert code == 85, output
+    assert launcher.exit_codes == {"0": 85, "1": 85}
+
+
+def test_a_stop_request_to_one_rank_stops_all(launch: Callable[..., Launcher]) -> None:
+    launcher = launch(steps=10**6)
+    launcher.wait_for_steps()
+    launcher.wait_for_both()
+    os.kill(int((launcher.run_dir / "pid-1").read_text()), signal.SIGUSR1)
+    code, output = launcher.finish()
+    assert code == 85, output
+    assert "stopped on request to a rank" in launcher.status["reason"]
+    assert launcher.exit_codes == {"0": 85, "1": 85}
+
+
+def test_the_exit_codes_of_the_ranks_are_kept(launch: Callable[..., Launcher]) -> None:
+    launcher = launch(bad_exit=[1], segfault=[0], steps=10**6)
+    assert launcher.finish()[0] == 1
+    assert launcher.exit_codes["1"] == 3
+    again = launch(segfault=[0], ranks=1)
+    assert again.finish()[0] == 1
+    assert again.exit_codes == {"0": -signal.SIGSEGV}
+
+
+def test_what_a_rank_says_before_it_runs_is_in_its_log(launch: Callable[..., Launcher]) -> None:
+    launcher = launch(ranks=1, module="tests.distributed.no_such_module")
+    code, output = launcher.finish()
+    assert code == 1
+    assert "rank 0 failed: exit code 1\n" in output
+    assert "No module named tests.distributed.no_such_module" in output
+
+
+STUDY = """
+import sys
+from pathlib import Path
+from launch.study import run_study
+
+study, runs, trainer = sys.argv[1:]
+command = [sys.executable, "-c", Path(trainer).read_text()]
+run_study(study, seeds=1, runs_dir=Path(runs), overrides=[], command=command)
+"""
+TRAINER = """
+import sys
+from pathlib import Path
+from launch.local import run_ranks
+from train.config import RunConfig
+
+run_dir = Path(sys.argv[-1])
+run_dir.mkdir(parents=True)
+run_ranks(run_dir, RunConfig(name="toy"), module="tests.distributed.toy_rank")
+"""
+
+
+def test_a_killed_study_leaves_nobody(tmp_path: Path) -> None:
+    study = tmp_path / "toy.yaml"
+    arms = "{with: [], without: [model.engram=null]}"
+    study.write_text(f"{{name: toy, description: d, question: q, recipe: v4_nano, arms: {arms}}}")
+    (tmp_path / "trainer").write_text(TRAINER)
+    process = subprocess.Popen(
+        [sys.executable, "-c", STUDY, str(study), str(tmp_path), str(tmp_path / "trainer")],
+        env=os.environ | {"TOY": json.dumps({"steps": 10**6}), "PYTHONPATH": str(ROOT)},
+    )
+    started = tmp_path / "study-toy/with-seed0/pid-0"
+    deadline = time.monotonic() + 45
+    while not started.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert len(family) == 3  # launcher, runner, rank
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(family, timeout=5)
+    assert alive == []

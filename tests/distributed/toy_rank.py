@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from train.checkpoint.commit import begin, commit, newest_checkpoint
-from train.lifetime import die_with_parent
+from train.lifetime import die_with_parent, leave
 from train.stop import STOPPED_EXIT_CODE, StopRequest
 
 RANK = int(os.environ["RANK"])
@@ -89,7 +89,7 @@ def main() -> int:
     sys.stdout.flush()
     (run_dir / f"pid-{RANK}").write_text(str(os.getpid()))
     if mine("child"):
-        child = subprocess.Popen(["sleep", "60"])
+        child = subprocess.Popen(["sleep", "60"], start_new_session=bool(TOY.get("daemon")))
         (run_dir / f"child-{RANK}").write_text(str(child.pid))
     time.sleep(TOY.get("slow_start", 0.0))
     stop = StopRequest()
@@ -104,6 +104,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    os._exit(code)
+    leave(main())

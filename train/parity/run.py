@@ -4,7 +4,6 @@ Trains the recipe's first optimizer steps with the recipe's own step, loader and
 shows every tensor to a ledger: the reference writes it down, a layout compares.
 """
 
-import os
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -18,6 +17,7 @@ from torch import Tensor
 from train.build import Training, build
 from train.checkpoint.state import Progress
 from train.config import RunConfig
+from train.lifetime import leave
 from train.loop import open_batches
 from train.metrics import MetricsLog
 from train.parity.outputs import OutputWatch
@@ -43,9 +43,9 @@ def compare(config: RunConfig, run_dir: Path, stop: StopRequest) -> int:
         0.
     """
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, lambda number, frame: os._exit(STOPPED_EXIT_CODE))
+        signal.signal(number, lambda number, frame: leave(STOPPED_EXIT_CODE))
     if stop.signal_name is not None:
-        os._exit(STOPPED_EXIT_CODE)
+        leave(STOPPED_EXIT_CODE)
     task = Task.load(run_dir)
     training = build(config)
     start = Progress(step=0, tokens=0, data_state={})

@@ -1,0 +1,75 @@
+"""The runner: starts the ranks of this node through torch's launcher and tells how they ended.
+
+`launch.local` starts it as `python -m launch.runner RUN_DIR ...`. It decides nothing: stop requests
+go from the launcher straight to the ranks, and are blocked here.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from launch.ranks import EXIT_CODES_FILE, PIDS_FILE, RankFiles
+from train.lifetime import LAUNCHER_PID, die_with_parent, fast_imports
+from train.stop import STOPPED_EXIT_CODE
+
+_ALLOCATOR = ":".join(
+    [
+        "glibc.malloc.hugetlb=1",
+        "glibc.malloc.mmap_threshold=4294967296",
+        "glibc.malloc.trim_threshold=8589934592",
+        "glibc.malloc.top_pad=67108864",
+    ]
+)
+"""Keeps freed host memory in the rank. By default glibc returns large blocks to the kernel after
+each use, and faulting them in again costs a CPU run a tenth of its speed and more."""
+
+
+def main() -> int:
+    """Run the ranks to their end; returns the exit code of this node: 0, 85 or 1."""
+    die_with_parent()
+    options = _parse()
+    os.environ[LAUNCHER_PID] = str(os.getpid())
+    os.environ.setdefault("GLIBC_TUNABLES", _ALLOCATOR)
+    with fast_imports():
+        from launch.elastic import run_to_end  # noqa: PLC0415 - not before die_with_parent
+
+    seen = run_to_end(
+        [sys.executable, "-m", options.module, str(options.run_dir)],
+        logs=options.logs,
+        count=options.ranks,
+        endpoint=options.endpoint,
+        run_id=f"{options.run_dir.name}-{options.logs.name}",
+        started=lambda pids: _write(options.logs / PIDS_FILE, pids),
+    )
+    codes = {rank: code or _stopped(options.logs, rank) for rank, code in seen.items()}
+    _write(options.logs / EXIT_CODES_FILE, codes)
+    return max(codes.values()) if set(codes.values()) <= {0, STOPPED_EXIT_CODE} else 1
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m launch.runner", allow_abbrev=False)
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    parser.add_argument("--logs", type=Path, required=True, help="folder of this attempt")
+    parser.add_argument("--module", required=True, help="what a rank runs with RUN_DIR")
+    parser.add_argument("--ranks", type=int, required=True, help="how many")
+    parser.add_argument("--endpoint", required=True, help="HOST:PORT where they meet")
+    return parser.parse_args()
+
+
+def _stopped(logs: Path, rank: int) -> int:
+    """85 for a rank that left with 0 but said that it stopped (`train.lifetime.leave`), else 0."""
+    return RankFiles(logs, rank).told_exit_code() or 0
+
+
+def _write(path: Path, numbers: dict[int, int]) -> None:
+    """Write {rank: number}; a reader sees all of it or no file."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(numbers) + "\n", encoding="ascii")
+    temporary.replace(path)
+
+
+if __name__ == "__main__":
+    exit_code = main()
+    os._exit(exit_code)
