@@ -143,7 +143,7 @@ def train(rank: int, case: Case, dtype: torch.dtype, param_dtype: torch.dtype) -
         trace["losses"].append(loss.item())
         trace["gradients"].append(whole(gradients(model)))
         norm = clip_by_global_norm(
-            dict(model.named_parameters()), toy.MAX_NORM, stage_size=case.data
+            dict(model.named_parameters()), toy.MAX_NORM, stage_size=case.ranks
         )
         trace["norms"].append(norm.item())
         optimizer.step()
