@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import train.build
 from parallel.backend.cpu import CpuBackend
 from parallel.config import ParallelConfig, PipelineSchedule
 from parallel.layout import ParallelLayout
@@ -23,6 +24,7 @@ from train.checkpoint.state import Progress
 from train.config import BatchSizeRampConfig, OptimConfig, RunConfig, StageConfig
 from train.evaluate import evaluate
 from train.loop import batch_shape, open_batches
+from train.model.config import Recompute
 from train.pipeline_rules import problems
 from train.step import train_step
 
@@ -151,20 +153,17 @@ def reference(corpus: Path, residual: str, optim: OptimConfig = ADAMW) -> list[d
     return run(on_one_rank(stack(corpus, residual, optim=optim)))
 
 
-@pytest.mark.parametrize(
-    ("ranks", "schedule", "data", "keys"),
-    [
-        (2, "1f1b", 1, {"pipeline_layers": (3, 1)}),
-        (2, "zbv", 1, {}),
-        (2, "dualpipev", 2, {}),
-    ],
-)
-def test_the_pipeline_computes_what_one_rank_does(
-    tiny_corpus: Path, ranks: int, schedule: PipelineSchedule, data: int, keys: dict[str, Any]
-) -> None:
-    config = stack(tiny_corpus, "mhc_single_pass", data, data)
-    found = run(in_pipeline(config, ranks, schedule, **keys))
-    assert_same(found, reference(tiny_corpus, "mhc_single_pass"))
+def of_two_steps(config: RunConfig) -> RunConfig:
+    return replace(config, train=replace(config.train, steps=2))
+
+
+def test_pipelines_compute_what_one_rank_does(tiny_corpus: Path) -> None:
+    """Uneven stages; and stages in a V whose backward passes are split, beside data and experts."""
+    wanted = run(on_one_rank(of_two_steps(stack(tiny_corpus, "mhc_single_pass"))))
+    uneven = in_pipeline(stack(tiny_corpus, "mhc_single_pass"), 2, pipeline_layers=(3, 1))
+    assert_same(run(of_two_steps(uneven)), wanted)
+    in_a_v = in_pipeline(stack(tiny_corpus, "mhc_single_pass", 2, 2), 2, "dualpipev")
+    assert_same(run(of_two_steps(in_a_v)), wanted)
 
 
 ALL: list[PipelineSchedule] = [
@@ -190,10 +189,14 @@ def test_every_schedule_computes_what_one_rank_does_and_again(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["1f1b", "interleaved_zero_bubble", "dualpipev"])
-@pytest.mark.parametrize("residual", ["plain", "hc"])
+@pytest.mark.parametrize("residual", ["plain", "hc", "mhc_single_pass"])
 def test_other_residuals(tiny_corpus: Path, residual: str, schedule: PipelineSchedule) -> None:
     config = in_pipeline(stack(tiny_corpus, residual), 2, schedule)
     assert_same(run(config), reference(tiny_corpus, residual))
+
+
+WITH_TENSOR_2 = {"tensor_parallel_size": 2}
+WITH_CONTEXT_2 = {"context_parallel_size": 2}
 
 
 @pytest.mark.slow
@@ -207,8 +210,13 @@ def test_other_residuals(tiny_corpus: Path, residual: str, schedule: PipelineSch
         (4, "1f1b", 1, 1, {}),
         (4, "1f1b", 2, 2, {}),
         (4, "looped_bfs", 1, 1, {"pipeline_stages_per_rank": 1}),
-        (2, "interleaved_1f1b", 1, 1, {"pipeline_layers": (1, 1, 1, 1)}),
-        (2, "dualpipev", 1, 2, {"data_parallel_size": 1, "data_replicate_parallel_size": 2}),
+        (2, "dualpipev", 1, 2, {"data_replicate_parallel_size": 2}),
+        (2, "1f1b", 2, 1, {"expert_sharding": "replicate"}),
+        (2, "1f1b", 1, 1, WITH_TENSOR_2),
+        (2, "zbv", 1, 2, WITH_TENSOR_2),
+        (2, "interleaved_1f1b", 1, 2, WITH_CONTEXT_2),
+        (2, "1f1b", 2, 4, WITH_CONTEXT_2),
+        (2, "dualpipev", 1, 2, WITH_TENSOR_2 | WITH_CONTEXT_2),
     ],
 )
 def test_with_other_axes(
@@ -227,9 +235,21 @@ def test_with_other_axes(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("schedule", "data"), [("interleaved_1f1b", 1), ("zbv", 2)])
-def test_muon_on_stages(tiny_corpus: Path, schedule: PipelineSchedule, data: int) -> None:
-    config = in_pipeline(stack(tiny_corpus, "mhc", data, data, MUON), 2, schedule)
+@pytest.mark.parametrize("kind", ["streams", "full"])
+def test_stages_compute_again_in_backward(tiny_corpus: Path, kind: Recompute) -> None:
+    config = in_pipeline(stack(tiny_corpus, "mhc"), 2, "interleaved_1f1b")
+    config = replace(config, train=replace(config.train, recompute=kind))
+    assert_same(run(config), reference(tiny_corpus, "mhc"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("schedule", "data", "keys"), [("interleaved_1f1b", 1, WITH_TENSOR_2), ("zbv", 2, {})]
+)
+def test_muon_on_stages(
+    tiny_corpus: Path, schedule: PipelineSchedule, data: int, keys: dict[str, Any]
+) -> None:
+    config = in_pipeline(stack(tiny_corpus, "mhc", data, data, MUON), 2, schedule, **keys)
     assert_same(run(config), reference(tiny_corpus, "mhc", MUON))
 
 
@@ -240,40 +260,57 @@ def through_its_stages(config: RunConfig) -> RunConfig:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("schedule", ["1f1b", "zbv", "dualpipev"])
-def test_sparse_attention_through_its_stages(tiny_corpus: Path, schedule: PipelineSchedule) -> None:
+@pytest.mark.parametrize(
+    ("schedule", "keys"),
+    [
+        ("1f1b", {}),
+        ("dualpipev", {}),
+        ("zbv", WITH_CONTEXT_2),
+        ("zbv", WITH_TENSOR_2 | {"expert_parallel_size": 2}),
+    ],
+)
+def test_sparse_attention_through_its_stages(
+    tiny_corpus: Path, schedule: PipelineSchedule, keys: dict[str, Any]
+) -> None:
     config = through_its_stages(with_layers(sparse_recipe(tiny_corpus, 1, 1, 2), 4))
-    assert_same(run(in_pipeline(config, 2, schedule)), run(on_one_rank(config)))
+    assert_same(run(in_pipeline(config, 2, schedule, **keys)), run(on_one_rank(config)))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("ranks", "schedule", "ratios"),
+    ("ranks", "schedule", "ratios", "keys"),
     [
-        # The first stage has no indexer, and of the last only MTP has one: when all else is frozen
-        # a stage learns nothing.
-        (2, "1f1b", (0, 0, 4, 16, 4)),
-        (4, "1f1b", (0, 0, 4, 16, 0)),
-        (2, "zbv", (0, 0, 4, 16, 4)),
-        (2, "dualpipev", (4, 16, 0, 4, 4)),
+        # Stages without an indexer learn nothing while all else is frozen.
+        (2, "1f1b", (0, 0, 4, 16, 4), {}),
+        (4, "1f1b", (0, 0, 4, 16, 0), {}),
+        (2, "zbv", (0, 0, 4, 16, 4), WITH_CONTEXT_2),
+        (2, "dualpipev", (4, 16, 0, 4, 4), WITH_TENSOR_2),
     ],
 )
 def test_hybrid_attention_with_indexers_in_some_stages(
-    tiny_corpus: Path, ranks: int, schedule: PipelineSchedule, ratios: tuple[int, ...]
+    tiny_corpus: Path,
+    ranks: int,
+    schedule: PipelineSchedule,
+    ratios: tuple[int, ...],
+    keys: dict[str, Any],
 ) -> None:
     config = through_its_stages(hybrid_recipe(tiny_corpus, 1, 2))
     compressed = replace(config.model.compressed, compress_ratios=ratios)
     config = with_layers(config, 4, compressed=compressed)
-    assert_same(run(in_pipeline(config, ranks, schedule)), run(on_one_rank(config)))
+    found = run(in_pipeline(config, ranks, schedule, **keys))
+    assert_same(found, run(on_one_rank(config)))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("schedule", "data"), [("1f1b", 2), ("interleaved_1f1b", 1), ("zbv", 1)])
+@pytest.mark.parametrize(
+    ("schedule", "data", "keys"),
+    [("1f1b", 2, {}), ("interleaved_1f1b", 1, WITH_TENSOR_2), ("zbv", 1, WITH_CONTEXT_2)],
+)
 def test_images_enter_at_the_first_stage(
-    tiny_corpus: Path, schedule: PipelineSchedule, data: int
+    tiny_corpus: Path, schedule: PipelineSchedule, data: int, keys: dict[str, Any]
 ) -> None:
     config = with_layers(test_image_layouts.recipe(tiny_corpus, data, 1), 4)
-    found = run(in_pipeline(config, 2, schedule), train_on_images)
+    found = run(in_pipeline(config, 2, schedule, **keys), train_on_images)
     assert_same(found, run(on_one_rank(config), train_on_images))
 
 
@@ -298,6 +335,21 @@ def test_batches_may_change_their_shape(tiny_corpus: Path, schedule: PipelineSch
         evaluate=replace(config.evaluate, num_sequences=5),
     )
     assert_same(run(in_pipeline(config, 2, schedule)), run(on_one_rank(config)))
+
+
+def lose_gradients(rank: int, config: RunConfig) -> str:
+    train.build.problems = lambda config: iter(())  # type: ignore[assignment]
+    with pytest.raises(RuntimeError, match="no gradient after backward") as error:
+        train_rank(rank, config)
+    return str(error.value)
+
+
+@pytest.mark.slow
+def test_gradients_that_torch_loses_are_missed_at_once(tiny_corpus: Path) -> None:
+    """Past the rule: without the gathered parameters a split backward pass forgets some of them."""
+    config = in_pipeline(stack(tiny_corpus, "mhc"), 2, "zbv", reshard_after_forward=True)
+    found = run_distributed(lose_gradients, 2, config, timeout=200.0)
+    assert any("layers." in message for message in found)
 
 
 @pytest.mark.slow
