@@ -24,10 +24,11 @@ from parallel.config import KernelConfig, ParallelConfig
 from parallel.gradients import clip_by_global_norm
 from tests.harness import run_distributed
 from tests.parity.test_layouts import recipe, whole
+from tests.parity.test_layouts_hybrid import HYBRID, INDEXER
 from train.build import build
 from train.config import RunConfig
 from train.evaluate import evaluate
-from train.model.attention.config import IndexerConfig, MlaConfig
+from train.model.attention.config import MlaConfig
 from train.model.config import Recompute
 from train.step import train_step
 
@@ -35,7 +36,17 @@ STEPS = 2
 SIZES = [field.name for field in fields(ParallelConfig) if field.name.endswith("_size")]
 REFERENCE: Literal["reference"] = "reference"
 LOSSES = ("loss", "loss_main", "loss_mtp", "loss_balance", "grad_norm", "validation/loss")
-MODELS = ("mhc", "hc", "plain", "single_pass", "dsa", "two_experts", "hash", "no_query_rank")
+MODELS = (
+    "mhc",
+    "hc",
+    "plain",
+    "single_pass",
+    "dsa",
+    "hybrid",
+    "two_experts",
+    "hash",
+    "no_query_rank",
+)
 """mhc, dsa and those after it: MLA, Engram, MTP and mHC unless the name says otherwise."""
 
 
@@ -44,8 +55,10 @@ def config_of(corpus: Path, model: str, parallel: ParallelConfig, micro: int = 4
     config = recipe(corpus, residual, 1, 1, micro)
     changed = config.model
     if model == "dsa":
-        indexer = IndexerConfig(num_heads=2, head_dim=16, top_k=2, stage="sparse", loss_weight=0.7)
-        changed = replace(changed, attention="dsa", indexer=indexer)
+        changed = replace(changed, attention="dsa", indexer=replace(INDEXER, stage="sparse"))
+    if model == "hybrid":
+        changed = replace(changed, num_layers=3, attention="v4_hybrid", compressed=HYBRID)
+        changed = replace(changed, indexer=replace(INDEXER, stage="sparse"))
     if model == "hash":
         changed = replace(changed, router="hash")
     if model == "no_query_rank":
