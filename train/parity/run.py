@@ -20,7 +20,6 @@ from train.checkpoint.state import Progress
 from train.config import RunConfig
 from train.loop import open_batches
 from train.metrics import MetricsLog
-from train.model.transformer import Transformer
 from train.parity.outputs import OutputWatch
 from train.parity.task import Findings, Kind, Task
 from train.parity.tensors import Comparison, Ledger, Reference, gathered
@@ -73,9 +72,7 @@ class _Recorder:
         self._findings = findings
         self._ledger: Ledger = Reference(run_dir, findings)
         self._step = self._first_microbatch = 0
-        # With a pipeline a rank may hold several stages.
-        self._models = [m for m in training.model.modules() if isinstance(m, Transformer)]
-        self._watches = [OutputWatch(model, self._output) for model in self._models]
+        self._watches = [OutputWatch(stage, self._output) for stage in training.model.stages]
 
     def start_step(self, step: int, phase: Phase) -> None:
         """Get ready for the batch of a step."""
@@ -91,7 +88,7 @@ class _Recorder:
             self._ledger = Comparison(
                 Path(self._task.reference),
                 self._findings,
-                self._models[0].split.of(phase.sequence_length),
+                training.model.stages[0].split.of(phase.sequence_length),
                 (tensor.get_local_rank(), tensor.size()),
             )
         for watch in self._watches:
