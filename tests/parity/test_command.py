@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 import parallel.gradients
+import parallel.pipeline
 import train.step
 from launch.cli import main
 from launch.parity import command
@@ -103,6 +104,11 @@ def context_and_tensor_ranks_sum_wrongly() -> None:
     SequencePart.scatter_queries = wrong  # type: ignore[method-assign]
 
 
+def stages_hand_on_something_else() -> None:
+    right = parallel.pipeline._crossing
+    parallel.pipeline._crossing = lambda x: right(x * (1.0 + 1e-9))
+
+
 def the_norm_counts_replicas() -> None:
     parallel.gradients.replicas = lambda gradient, stage_size: 1
 
@@ -181,6 +187,19 @@ def test_layouts_that_compute_the_same(
     assert list(tmp_path.glob("mneme-parity-*")) == []
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_layouts_of_all_axes(parity: Callable[..., tuple[int, str]]) -> None:
+    words = (
+        *("model.num_layers=4", "train.micro_batch_size=1", "parallel.pipeline_schedule=zbv"),
+        *("parallel.pipeline_stages_per_rank=2", "parallel.reshard_after_forward=false"),
+    )
+    layouts = ("--layout", "pp2,tp2", "--layout", "pp2,cp2,tp2,ep4", "--layout", "dpr2,tp2,ep2")
+    code, table = parity(sound, *words, *layouts)
+    assert code == 0, table
+    assert table.count(" ok ") == 3
+
+
 @pytest.mark.parametrize(
     ("fault", "layout", "first", "blamed"),
     [
@@ -190,6 +209,7 @@ def test_layouts_that_compute_the_same(
             load_counts_stay_local, "dp2", "layers.1.ffn.router.expert_bias after the update", "dp"
         ),
         slow(the_norm_counts_replicas, "dpr2", "gradient norm", "dpr"),
+        slow(stages_hand_on_something_else, "pp2,dp2", "output of layers.1.engram", "pp"),
         slow(balance_counts_stay_local, "cp2,tp2", "loss_balance", "cp and tp, each alone"),
         slow(
             context_and_tensor_ranks_sum_wrongly,
@@ -207,7 +227,7 @@ def test_a_fault_is_named(
     row = rows(answer)[layout]
     assert not row["ok"]
     assert row["first_difference"] == f"{first} in step 1, by {blamed}"
-    assert row["axes"] == re.findall(r"cp|tp|dpr|dp|ep", blamed)
+    assert row["axes"] == re.findall(r"cp|tp|pp|dpr|dp|ep", blamed)
 
 
 def test_the_table_says_what_was_compared_and_what_differs(

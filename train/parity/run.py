@@ -72,8 +72,7 @@ class _Recorder:
         self._findings = findings
         self._ledger: Ledger = Reference(run_dir, findings)
         self._step = self._first_microbatch = 0
-        self._models = training.model.stages
-        self._watches = [OutputWatch(model, self._output) for model in self._models]
+        self._watches = [OutputWatch(stage, self._output) for stage in training.model.stages]
 
     def start_step(self, step: int, phase: Phase) -> None:
         """Get ready for the batch of a step."""
@@ -89,7 +88,7 @@ class _Recorder:
             self._ledger = Comparison(
                 Path(self._task.reference),
                 self._findings,
-                self._models[0].split.of(phase.sequence_length),
+                training.model.stages[0].split.of(phase.sequence_length),
                 (tensor.get_local_rank(), tensor.size()),
             )
         for watch in self._watches:

@@ -1,5 +1,3 @@
-from typing import Any
-
 import pytest
 
 from launch.layouts import TypedLayout
@@ -10,11 +8,16 @@ EXPERTS = 8
 
 
 def is_legal(layout: TypedLayout) -> bool:
-    words = {"dp": "data", "dpr": "data_replicate", "tp": "tensor", "pp": "pipeline"}
-    words |= {"cp": "context", "ep": "expert"}
-    chosen: dict[str, Any] = {words[axis]: size for axis, size in layout.sizes}
-    sizes = ParallelLayout(**chosen)
-    return EXPERTS % sizes.expert == 0 and sizes.stage_size % sizes.expert == 0
+    sizes = {"dp": 1, "dpr": 1, "tp": 1, "pp": 1, "cp": 1, "ep": 1} | dict(layout.sizes)
+    found = ParallelLayout(
+        pipeline=sizes["pp"],
+        data_replicate=sizes["dpr"],
+        data=sizes["dp"],
+        context=sizes["cp"],
+        tensor=sizes["tp"],
+        expert=sizes["ep"],
+    )
+    return not found.problems(EXPERTS)
 
 
 class Ranks:
