@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-import train.build
 from parallel.backend.cpu import CpuBackend
 from parallel.config import ParallelConfig, PipelineSchedule
 from parallel.layout import ParallelLayout
@@ -338,7 +337,7 @@ def test_batches_may_change_their_shape(tiny_corpus: Path, schedule: PipelineSch
 
 
 def lose_gradients(rank: int, config: RunConfig) -> str:
-    train.build.problems = lambda config: iter(())  # type: ignore[assignment]
+    pytest.MonkeyPatch().setattr("train.build.problems", lambda config: iter(()))
     with pytest.raises(RuntimeError, match="no gradient after backward") as error:
         train_rank(rank, config)
     return str(error.value)
