@@ -144,6 +144,7 @@ def test_a_signal_saves_and_the_next_attempt_goes_on(
     assert code == 85, output
     assert launcher.status["state"] == "stopped"
     assert name in launcher.status["reason"]
+    assert launcher.exit_codes == {"0": 85, "1": 85}
     assert launcher.alive() == []
     step = launcher.status["step"]
     assert launcher.status["last_checkpoint"] == f"checkpoints/step-{step:08d}"
@@ -210,24 +211,26 @@ def test_the_rank_that_failed_first_is_named_not_its_victims(
 
 
 @pytest.mark.parametrize(
-    ("toy", "said"),
+    ("toy", "said", "rank", "exit_code"),
     [
-        ({"segfault": [1]}, "rank 1 was killed by SIGSEGV"),
-        ({"bad_exit": [0]}, "rank 0 failed: exit code 3\n  rank 0 on stderr"),
+        ({"segfault": [1]}, "rank 1 was killed by SIGSEGV", "1", -signal.SIGSEGV),
+        ({"bad_exit": [0]}, "rank 0 failed: exit code 3\n  rank 0 on stderr", "0", 3),
     ],
 )
 def test_a_failure_without_a_record_is_explained_and_ends_the_others(
-    launch: Callable[..., Launcher], toy: dict[str, Any], said: str
+    launch: Callable[..., Launcher], toy: dict[str, Any], said: str, rank: str, exit_code: int
 ) -> None:
     launcher = launch(steps=10**6, child=[0, 1], **toy)
     code, output = launcher.finish()
     assert code == 1
     assert said in output
+    assert launcher.exit_codes[rank] == exit_code
     assert launcher.alive() == []
     assert len(list(launcher.run_dir.glob("child-*"))) == 2
     assert launcher.alive("child-*") == []
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_does_not_hold_up_the_failure_of_another(
     launch: Callable[..., Launcher],
 ) -> None:
@@ -274,7 +277,7 @@ def test_a_run_has_one_launcher_at_a_time(launch: Callable[..., Launcher]) -> No
     assert len(first.alive()) == 2
 
 
-@pytest.mark.parametrize("moment", ["training", "starting"])
+@pytest.mark.parametrize("moment", ["training", pytest.param("starting", marks=pytest.mark.slow)])
 def test_a_killed_runner_leaves_nobody_and_is_named(
     launch: Callable[..., Launcher], moment: str
 ) -> None:
@@ -295,6 +298,7 @@ def test_a_killed_runner_leaves_nobody_and_is_named(
     assert len(list(launcher.run_dir.glob("pid-*"))) == (2 if moment == "training" else 0)
 
 
+@pytest.mark.slow
 def test_a_runner_that_cannot_start_the_ranks_is_named(
     launch: Callable[..., Launcher], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -320,6 +324,7 @@ def test_a_signal_before_the_runner_has_started_the_ranks_is_kept_for_them(
     assert launcher.status["step"] >= 1
 
 
+@pytest.mark.slow
 def test_signals_to_all_processes_at_once_save_as_well(launch: Callable[..., Launcher]) -> None:
     """A cluster may signal every process of a job: the runner ignores it, the ranks do not."""
     launcher = launch(steps=10**6, slow_start=0.5)
@@ -331,6 +336,7 @@ def test_signals_to_all_processes_at_once_save_as_well(launch: Callable[..., Lau
     assert launcher.exit_codes == {"0": 85, "1": 85}
 
 
+@pytest.mark.slow
 def test_a_stop_request_to_one_rank_stops_all(launch: Callable[..., Launcher]) -> None:
     launcher = launch(steps=10**6)
     launcher.wait_for_steps()
@@ -342,15 +348,7 @@ def test_a_stop_request_to_one_rank_stops_all(launch: Callable[..., Launcher]) -
     assert launcher.exit_codes == {"0": 85, "1": 85}
 
 
-def test_the_exit_codes_of_the_ranks_are_kept(launch: Callable[..., Launcher]) -> None:
-    launcher = launch(bad_exit=[1], segfault=[0], steps=10**6)
-    assert launcher.finish()[0] == 1
-    assert launcher.exit_codes["1"] == 3
-    again = launch(segfault=[0], ranks=1)
-    assert again.finish()[0] == 1
-    assert again.exit_codes == {"0": -signal.SIGSEGV}
-
-
+@pytest.mark.slow
 def test_what_a_rank_says_before_it_runs_is_in_its_log(launch: Callable[..., Launcher]) -> None:
     launcher = launch(ranks=1, module="tests.distributed.no_such_module")
     code, output = launcher.finish()
