@@ -5,11 +5,11 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 
-import train.build
 from parallel.backend.cpu import CpuBackend
 from parallel.config import ParallelConfig, PipelineSchedule
 from parallel.layout import ParallelLayout
@@ -338,8 +338,10 @@ def test_batches_may_change_their_shape(tiny_corpus: Path, schedule: PipelineSch
 
 
 def lose_gradients(rank: int, config: RunConfig) -> str:
-    train.build.problems = lambda config: iter(())  # type: ignore[assignment]
-    with pytest.raises(RuntimeError, match="no gradient after backward") as error:
+    with (
+        patch("train.build.problems", return_value=[]),
+        pytest.raises(RuntimeError, match="no gradient after backward") as error,
+    ):
         train_rank(rank, config)
     return str(error.value)
 
