@@ -94,10 +94,17 @@ def train_rank(rank: int, config: RunConfig) -> list[dict[str, Any]]:
     return found if rank == 0 else []
 
 
-@pytest.mark.parametrize("micro", [1, 2])
-def test_ranks_without_pictures_train_along(tiny_corpus: Path, micro: int) -> None:
+CUT = ParallelConfig(tensor_parallel_size=2, expert_parallel_size=2)
+
+
+@pytest.mark.parametrize(("micro", "parallel"), [(1, None), (2, None), (2, CUT)])
+def test_ranks_without_pictures_train_along(
+    tiny_corpus: Path, micro: int, parallel: ParallelConfig | None
+) -> None:
+    """Without tokens of pictures where the sequences are cut."""
     [reference] = run_distributed(train_rank, 1, recipe(tiny_corpus, 1, 4))
-    found = run_distributed(train_rank, 2, recipe(tiny_corpus, 2, micro))
+    config = recipe(tiny_corpus, 2, micro)
+    found = run_distributed(train_rank, 2, replace(config, parallel=parallel or config.parallel))
     for ours, theirs in zip(found[0], reference, strict=True):
         for name in ("loss", "loss_main", "loss_mtp", "loss_balance", "grad_norm"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-12), name

@@ -23,7 +23,7 @@ from parallel.backend.cpu import CpuBackend
 from parallel.config import KernelConfig, ParallelConfig
 from parallel.gradients import clip_by_global_norm
 from tests.harness import run_distributed
-from tests.parity.test_layouts import recipe, whole
+from tests.parity.test_layouts import ADAMW, MUON, recipe, whole
 from tests.parity.test_layouts_hybrid import HYBRID, INDEXER
 from train.build import build
 from train.config import RunConfig
@@ -46,13 +46,14 @@ MODELS = (
     "two_experts",
     "hash",
     "no_query_rank",
+    "muon",
 )
 """mhc, dsa and those after it: MLA, Engram, MTP and mHC unless the name says otherwise."""
 
 
 def config_of(corpus: Path, model: str, parallel: ParallelConfig, micro: int = 4) -> RunConfig:
     residual = {"hc": "hc", "plain": "plain", "single_pass": "mhc_single_pass"}.get(model, "mhc")
-    config = recipe(corpus, residual, 1, 1, micro)
+    config = recipe(corpus, residual, 1, 1, micro, MUON if model == "muon" else ADAMW)
     changed = config.model
     if model == "dsa":
         changed = replace(changed, attention="dsa", indexer=replace(INDEXER, stage="sparse"))
