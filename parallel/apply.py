@@ -29,7 +29,7 @@ from parallel.mesh import Meshes
 from parallel.prefetch import prefetch_parameters
 from parallel.sequence import SequenceSplit
 from parallel.tensor import LookupSite, VocabularyLookup
-from parallel.torch_compat import place_tensor_parallel
+from parallel.torch_compat import count_parameter_traffic, place_tensor_parallel
 
 
 @runtime_checkable
@@ -120,6 +120,7 @@ def apply_parallelism(
             # the second call gloo would be asked for a scaled sum, which it does not have.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+            count_parameter_traffic(module, "edp" if module in parts.expert_modules else "dp")
     prefetch_parameters(parts.root, parts.blocks, parts.expert_modules)
     parts.root.register_forward_hook(_free_without_backward)
 

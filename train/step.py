@@ -14,6 +14,7 @@ from torch import Tensor
 
 from data.loader import Batch
 from parallel.apply import set_gradient_sync
+from parallel.collectives import sum_over
 from parallel.gradients import clip_by_global_norm
 from train.build import Training
 from train.metrics import Record
@@ -53,7 +54,7 @@ def train_step(training: Training, batch: Batch, step: int) -> Record:
         (main + mtp_weight * mtp).backward()  # type: ignore[no-untyped-call]
         sums[:2] += losses.detach()
     sums[2] = sum(moe.take_balance_loss() for moe in model.moe_layers())
-    dist.all_reduce(sums)
+    sums = sum_over(sums)
     gradient_norm = clip_by_global_norm(
         dict(model.named_parameters()),
         config.optim.max_grad_norm,
@@ -94,9 +95,7 @@ def check_batch(training: Training, batch: Batch) -> None:
         problem = f"rank {dist.get_rank()}: {error}"
     if config is None:
         return
-    broken = torch.tensor(int(problem is not None), device=training.device)
-    dist.all_reduce(broken)
-    if broken:
+    if sum_over(torch.tensor(int(problem is not None), device=training.device)):
         found: list[str | None] = [None] * dist.get_world_size()
         dist.all_gather_object(found, problem)
         raise ValueError("\n".join(line for line in found if line))
@@ -146,8 +145,7 @@ def count_labels(training: Training, batch: Batch) -> tuple[Float[Tensor, "2"], 
     further = part.take(mtp_labels(batch.labels, batch.document_ids))
     tokens = torch.tensor(labels.numel())
     counts = torch.stack([(labels >= 0).sum(), (further >= 0).sum(), tokens])
-    counts = counts.to(training.device, training.sum_dtype)
-    dist.all_reduce(counts)
+    counts = sum_over(counts.to(training.device, training.sum_dtype))
     return counts[:2].clamp(min=1.0).to(training.loss_dtype), counts[2].item()
 
 
@@ -188,8 +186,7 @@ def reduce_indexer_sums(training: Training, tokens: float) -> Record:
     if not indexers or indexers[0].stage == "dense":
         return {}
     sums = torch.stack([indexer.take_sums() for indexer in indexers]).sum(0)
-    sums = sums.to(training.sum_dtype)
-    dist.all_reduce(sums)
+    sums = sum_over(sums.to(training.sum_dtype))
     loss = training.config.model.indexer.loss_weight * sums[0].item() / tokens
     return {"loss_indexer": loss} | indexer_metrics(sums, tokens * len(indexers))
 
@@ -208,7 +205,7 @@ def update_router_bias(training: Training) -> Record:
     counts = torch.stack([moe.take_load_counts() for moe in layers])
     if training.model.is_frozen:
         return {}
-    dist.all_reduce(counts)
+    counts = sum_over(counts)
     for moe, layer_counts in zip(layers, counts, strict=True):
         moe.router.update_bias(layer_counts)
     biases = [moe.expert_bias for moe in layers]

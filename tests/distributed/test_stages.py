@@ -94,7 +94,8 @@ class StopAfter(StopRequest):
         super().__init__()
         self.left = steps
 
-    def agreed(self, device: torch.device) -> bool:
+    @property
+    def requested(self) -> bool:
         self.left -= 1
         return self.left == 0
 

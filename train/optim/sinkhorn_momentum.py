@@ -110,7 +110,7 @@ def balance_(
 
 
 def _sum(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    return value if group is None else sum_over(value, group)
+    return value if group is None else sum_over(value, group, "dp")
 
 
 def _inverse(sums: Float[Tensor, "lines"]) -> Float[Tensor, "lines"]:
