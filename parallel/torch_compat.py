@@ -4,6 +4,7 @@ A new torch version is checked by running the tests of this folder and adding it
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -114,6 +115,6 @@ class _CountedReduceScatter(DefaultReduceScatter):
         group: dist.ProcessGroup,
         op: dist.ReduceOp | dist.ReduceOp.RedOpType,
         async_op: bool = False,
-    ) -> dist.Work:
+    ) -> Any:  # noqa: ANN401 - torch promises Work and returns None
         count_sent(self.axis, gather_bytes(input_tensor.nbytes, group.size()))
         return super().__call__(output_tensor, input_tensor, group, op, async_op)

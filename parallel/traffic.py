@@ -24,7 +24,7 @@ from parallel.volume import AXES, Axis
 _sent: dict[Axis, float | Tensor] = dict.fromkeys(AXES, 0.0)
 
 
-def count_sent(axis: Axis, num_bytes: float | Tensor) -> None:
+def count_sent(axis: Axis, num_bytes: int | float | Tensor) -> None:
     """Add bytes that this rank sends to others; a number on a device stays there for now."""
     _sent[axis] = _sent[axis] + num_bytes
 

@@ -12,7 +12,7 @@ Axis = Literal["dp", "edp", "ep", "tp", "cp", "pp", "world"]
 AXES: tuple[Axis, ...] = get_args(Axis)
 
 
-def gather_bytes(whole: float, ranks: int) -> float:
+def gather_bytes(whole: int, ranks: int) -> float:
     """Sent by each rank in an all-gather or a reduce-scatter.
 
     Args:
@@ -22,6 +22,6 @@ def gather_bytes(whole: float, ranks: int) -> float:
     return whole * (ranks - 1) / ranks
 
 
-def sum_bytes(summand: float, ranks: int) -> float:
+def sum_bytes(summand: int, ranks: int) -> float:
     """Sent by each rank in an all-reduce."""
     return 2 * gather_bytes(summand, ranks)
