@@ -72,7 +72,13 @@ def place_tensor_parallel(
     return lambda parameter: elsewhere if isinstance(parameter, DTensor) else Shard(0)
 
 
-def count_parameter_traffic(module: FSDPModule, axis: Axis) -> None:
+def stays_gathered(module: FSDPModule) -> bool:
+    """Whether the parameters of an FSDP2 unit stay gathered after the forward pass."""
+    groups = fully_shard.state(module)._fsdp_param_groups  # type: ignore[attr-defined]
+    return all(group.post_forward_mesh_info is None for group in groups)
+
+
+def count_parameter_traffic(module: nn.Module, axis: Axis) -> None:
     """Let the gathers and gradient sums of one FSDP2 unit count for an axis.
 
     torch's own setters refuse units with parameters on several meshes.
