@@ -157,7 +157,7 @@ def _matrices_of(
     start = 0
     for height in rows:
         matrix = replace(spread, rows=range(start, start + height))
-        share = max(1, min(_at_once(matrix), math.ceil(len(experts) / num_ranks)))
+        share = max(1, min(at_once(matrix), math.ceil(len(experts) / num_ranks)))
         for first in range(0, len(experts), share):
             yield Matrices(parameter, experts[first : first + share], matrix)
         start += height
@@ -170,13 +170,13 @@ def _batches(matrices: Sequence[Matrices]) -> list[list[Matrices]]:
     for m in matrices:
         if m.count > room:
             batches.append([])
-            room = _at_once(m.spread)
+            room = at_once(m.spread)
         batches[-1].append(m)
         room -= m.count
     return batches
 
 
-def _at_once(spread: Spread) -> int:
+def at_once(spread: Spread) -> int:
     """Matrices that a rank orthogonalizes at a time, while the results for other copies arrive."""
     return max(1, ROUND_ELEMENTS // (math.prod(spread.matrix_shape) * spread.copies))
 
