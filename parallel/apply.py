@@ -9,9 +9,9 @@ Every rank's loss is the sum over its own tokens divided by the valid labels of 
 batch, so every gradient reduction is a plain sum, for dense parameters and experts alike.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -29,7 +29,11 @@ from parallel.mesh import Meshes
 from parallel.prefetch import prefetch_parameters
 from parallel.sequence import SequenceSplit
 from parallel.tensor import LookupSite, VocabularyLookup
-from parallel.torch_compat import place_tensor_parallel
+from parallel.torch_compat import (
+    count_parameter_traffic,
+    place_tensor_parallel,
+    stays_gathered,
+)
 
 
 @runtime_checkable
@@ -81,6 +85,37 @@ class ModelParts:
     fp32_modules: Sequence[Sequence[nn.Module]] = ()
     """Modules that keep their parameters as they are stored when the rest computes in bf16, for
     each block in the order of its forward pass. Each is used by calling it, once per pass."""
+
+
+class Unit(NamedTuple):
+    """What is gathered together: parameters of these modules that no unit before it has."""
+
+    modules: Sequence[nn.Module]
+    are_experts: bool = False
+    keeps_dtype: bool = False
+    """Computes in the type that the parameters are stored in."""
+    stays: bool = False
+    """Is not freed after the forward pass, whatever the recipe says."""
+
+
+def units(parts: ModelParts, *, low_precision: bool) -> Iterator[Unit]:
+    """The units of a model, from the inside out.
+
+    Args:
+        parts: of the model.
+        low_precision: whether it computes in a type for which some modules keep their own.
+    """
+    for module in parts.expert_modules:
+        yield Unit([module], are_experts=True)
+    if low_precision:
+        for group in filter(None, parts.fp32_modules):
+            # FSDP2 gathers a group again only when a gradient reaches the module that ran last,
+            # and gradients of an earlier one may be first. The group is small: it stays.
+            yield Unit(group, keeps_dtype=True, stays=True)
+    for block in parts.blocks:
+        yield Unit([block])
+    # What the root holds (embedding, head) is needed right at the start of the backward pass.
+    yield Unit([parts.root], stays=True)
 
 
 def apply_parallelism(
@@ -144,12 +179,17 @@ def sequence_split(meshes: Meshes, kind: ContextSplit) -> SequenceSplit:
 def set_gradient_sync(root: nn.Module, on: bool) -> None:
     """Whether the next backward pass sums gradients over ranks; off for all but the last microbatch.
 
+    Parameters that are kept after a forward pass are kept for the next microbatch, too.
+
     Args:
         root: a model that `apply_parallelism` sharded.
         on: False accumulates the unsharded gradients on each rank.
     """
     assert isinstance(root, FSDPModule), "apply_parallelism comes first"
     root.set_requires_gradient_sync(on)
+    for module in root.modules():
+        if isinstance(module, FSDPModule) and stays_gathered(module):
+            module.set_reshard_after_backward(on, recurse=False)
 
 
 def _check(parts: ModelParts, layout: ParallelLayout) -> None:
@@ -185,41 +225,24 @@ def _shard(
     reduce_dtype: torch.dtype,
 ) -> None:
     """Apply FSDP2 bottom-up: a parameter belongs to the innermost unit around it."""
-    # The model decides the types of its activations: nothing is cast behind its back.
-    policy = MixedPrecisionPolicy(
-        param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False
-    )
-    kept = MixedPrecisionPolicy(reduce_dtype=reduce_dtype, cast_forward_inputs=False)
-
     # Ranks of a tensor-parallel group use a plain parameter on different tokens, so its gradient is
     # summed over them as well: it is sharded over the whole stage.
     place = place_tensor_parallel(meshes.tensor_shard)
-    for module in parts.expert_modules:
+    for unit in units(parts, low_precision=param_dtype.itemsize < torch.float32.itemsize):
+        # The model decides the types of its activations: nothing is cast behind its back.
+        policy = MixedPrecisionPolicy(
+            param_dtype=None if unit.keeps_dtype else param_dtype,
+            reduce_dtype=reduce_dtype,
+            cast_forward_inputs=False,
+        )
         fully_shard(
-            module,
-            mesh=meshes.expert_shard,
-            reshard_after_forward=reshard_after_forward,
+            unit.modules[0] if len(unit.modules) == 1 else list(unit.modules),
+            mesh=meshes.expert_shard if unit.are_experts else meshes.stage_shard,
+            reshard_after_forward=reshard_after_forward and not unit.stays,
+            shard_placement_fn=None if unit.are_experts else place,
             mp_policy=policy,
         )
-
-    def shard(module: nn.Module | list[nn.Module], *, free: bool, mp: MixedPrecisionPolicy) -> None:
-        fully_shard(
-            module,
-            mesh=meshes.stage_shard,
-            reshard_after_forward=free,
-            shard_placement_fn=place,
-            mp_policy=mp,
-        )
-
-    if param_dtype.itemsize < torch.float32.itemsize:
-        for group in filter(None, parts.fp32_modules):
-            # FSDP2 gathers a group again only when a gradient reaches the module that ran last,
-            # and gradients of an earlier one may be first. The group is small: it stays.
-            shard(list(group), free=False, mp=kept)
-    for block in parts.blocks:
-        shard(block, free=reshard_after_forward, mp=policy)
-    # What the root holds (embedding, head) is needed right at the start of the backward pass.
-    shard(parts.root, free=False, mp=policy)
+        count_parameter_traffic(unit.modules[0], "edp" if unit.are_experts else "dp")
 
 
 def _free_without_backward(root: nn.Module, args: object, output: object) -> None:

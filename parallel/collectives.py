@@ -2,6 +2,8 @@
 
 Used by `expert`, `sequence`, `pieces` and `gradients`. torch's own differentiable collectives are not used: the gradient
 of their all-reduce is another all-reduce, and their names change between versions.
+
+Each call names the axis that it is for, see `parallel.traffic`.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,12 +15,16 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from parallel.traffic import count_sent
+from parallel.volume import Axis, gather_bytes, sum_bytes
+
 
 def exchange_rows(
     rows: Float[Tensor, "rows hidden"],
     send_counts: Sequence[int],
     receive_counts: Sequence[int],
     group: dist.ProcessGroup,
+    axis: Axis,
 ) -> Float[Tensor, "received hidden"]:
     """Send consecutive blocks of rows to the ranks of a group; differentiable in `rows`.
 
@@ -30,11 +36,12 @@ def exchange_rows(
         send_counts: rows for each rank of the group; zeros are fine.
         receive_counts: rows from each rank of the group.
         group: the ranks that exchange.
+        axis: what the group is.
 
     Returns:
         The received rows, sorted by source.
     """
-    return start_exchange(rows, send_counts, receive_counts, group)()
+    return start_exchange(rows, send_counts, receive_counts, group, axis)()
 
 
 def all_to_all(
@@ -42,9 +49,11 @@ def all_to_all(
     send_counts: Sequence[int],
     receive_counts: Sequence[int],
     group: dist.ProcessGroup,
+    axis: Axis,
 ) -> Shaped[Tensor, "received *rest"]:
     """`exchange_rows` without a gradient, also for one rank."""
     received = rows.new_empty((sum(receive_counts), *rows.shape[1:]))
+    _count_leaving(rows, send_counts, group, axis)
     dist.all_to_all_single(
         received, rows.contiguous(), list(receive_counts), list(send_counts), group=group
     )
@@ -56,6 +65,7 @@ def start_exchange(
     send_counts: Sequence[int],
     receive_counts: Sequence[int],
     group: dist.ProcessGroup,
+    axis: Axis,
 ) -> Callable[[], Tensor]:
     """`exchange_rows` in two halves: the rows leave now, the returned function waits for them.
 
@@ -68,7 +78,7 @@ def start_exchange(
     """
     if group.size() == 1:
         return lambda: rows  # a copy through gloo costs a sixth of the layer
-    exchange = _Exchange(list(send_counts), list(receive_counts), group)
+    exchange = _Exchange(list(send_counts), list(receive_counts), group, axis)
     ticket: Tensor = _Leave.apply(rows, exchange)  # type: ignore[no-untyped-call]
 
     def arrive() -> Tensor:
@@ -85,14 +95,17 @@ class _Exchange:
     rank computes, and on a device their memory could be given away while it does.
     """
 
-    def __init__(self, send: list[int], receive: list[int], group: dist.ProcessGroup) -> None:
-        self.send, self.receive, self.group = send, receive, group
+    def __init__(
+        self, send: list[int], receive: list[int], group: dist.ProcessGroup, axis: Axis
+    ) -> None:
+        self.send, self.receive, self.group, self.axis = send, receive, group, axis
         self.under_way: tuple[dist.Work, Tensor, Tensor] | None = None
 
     def start(self, rows: Tensor, send: list[int], receive: list[int]) -> None:
         """Let rows leave."""
         sent = rows.contiguous()
         received = rows.new_empty((sum(receive), *rows.shape[1:]))
+        _count_leaving(rows, send, self.group, self.axis)
         work = dist.all_to_all_single(
             received, sent, receive, send, group=self.group, async_op=True
         )
@@ -144,7 +157,7 @@ class _Arrive(torch.autograd.Function):
 
 
 def gather_dim1(
-    x: Shaped[Tensor, "batch part *rest"], group: dist.ProcessGroup | None
+    x: Shaped[Tensor, "batch part *rest"], group: dist.ProcessGroup | None, axis: Axis
 ) -> Shaped[Tensor, "batch whole *rest"]:
     """The ranks' tensors one after the other along dim 1; differentiable.
 
@@ -156,15 +169,16 @@ def gather_dim1(
     Args:
         x: of the same shape on every rank.
         group: None or one rank: `x` itself.
+        axis: what the group is.
     """
     if group is None or group.size() == 1:
         return x
-    gathered: Tensor = _Gather.apply(x, group)  # type: ignore[no-untyped-call]
+    gathered: Tensor = _Gather.apply(x, group, axis)  # type: ignore[no-untyped-call]
     return gathered
 
 
 def reduce_scatter_dim1(
-    x: Float[Tensor, "batch whole *rest"], group: dist.ProcessGroup | None
+    x: Float[Tensor, "batch whole *rest"], group: dist.ProcessGroup | None, axis: Axis
 ) -> Float[Tensor, "batch part *rest"]:
     """This rank's piece along dim 1 of the sum over ranks; differentiable, the reverse of a gather.
 
@@ -173,10 +187,11 @@ def reduce_scatter_dim1(
     Args:
         x: each rank's summand; dim 1 is a multiple of the group's size.
         group: None or one rank: `x` itself.
+        axis: what the group is.
     """
     if group is None or group.size() == 1:
         return x
-    scattered: Tensor = _ReduceScatter.apply(x, group)  # type: ignore[no-untyped-call]
+    scattered: Tensor = _ReduceScatter.apply(x, group, axis)  # type: ignore[no-untyped-call]
     return scattered
 
 
@@ -184,60 +199,72 @@ class _Gather(torch.autograd.Function):
     """An all-gather, whose transpose is the reduce-scatter."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:  # noqa: ANN401
-        ctx.group = group
-        return _all_gather(x, group)
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, axis: Axis) -> Tensor:  # noqa: ANN401
+        ctx.group, ctx.axis = group, axis
+        return _all_gather(x, group, axis)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401
-        return _reduce_scatter(grads[0], ctx.group), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN401
+        return _reduce_scatter(grads[0], ctx.group, ctx.axis), None, None
 
 
 class _ReduceScatter(torch.autograd.Function):
     """A reduce-scatter, whose transpose is the all-gather."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:  # noqa: ANN401
-        ctx.group = group
-        return _reduce_scatter(x, group)
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, axis: Axis) -> Tensor:  # noqa: ANN401
+        ctx.group, ctx.axis = group, axis
+        return _reduce_scatter(x, group, axis)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401
-        return _all_gather(grads[0], ctx.group), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN401
+        return _all_gather(grads[0], ctx.group, ctx.axis), None, None
 
 
-def _all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+def _all_gather(x: Tensor, group: dist.ProcessGroup, axis: Axis) -> Tensor:
     # Collectives join dim 0, so the batch goes behind the tokens and back.
     rows = x.transpose(0, 1).contiguous()
     gathered = rows.new_empty((group.size() * rows.shape[0], *rows.shape[1:]))
+    count_sent(axis, gather_bytes(gathered.nbytes, group.size()))
     dist.all_gather_single(gathered, rows, group=group)
     return gathered.transpose(0, 1).contiguous()
 
 
-def _reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+def _reduce_scatter(x: Tensor, group: dist.ProcessGroup, axis: Axis) -> Tensor:
     rows = x.transpose(0, 1).contiguous()
     piece = rows.new_empty((rows.shape[0] // group.size(), *rows.shape[1:]))
+    count_sent(axis, gather_bytes(rows.nbytes, group.size()))
     dist.reduce_scatter_single(piece, rows, group=group)
     return piece.transpose(0, 1).contiguous()
 
 
 def gather_ranks(
-    value: Shaped[Tensor, "*shape"], group: dist.ProcessGroup
+    value: Shaped[Tensor, "*shape"], group: dist.ProcessGroup, axis: Axis
 ) -> Shaped[Tensor, "ranks *shape"]:
     """Every rank's `value`, without gradient.
 
     Communication: an all-gather over `group`.
     """
     gathered = value.new_empty((group.size(), *value.shape))
+    count_sent(axis, gather_bytes(gathered.nbytes, group.size()))
     dist.all_gather_single(gathered.flatten(), value.detach().flatten(), group=group)
     return gathered
 
 
-def sum_over(value: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+def sum_over(value: Tensor, group: dist.ProcessGroup | None = None, axis: Axis = "world") -> Tensor:
     """Sum of every rank's `value`, without gradient, in its dtype; `value` stays as it is.
 
     Communication: one all-reduce over `group`, the world if None.
     """
     total = value.detach().clone()
+    count_sent(axis, sum_bytes(total.nbytes, dist.get_world_size(group)))
     dist.all_reduce(total, group=group)
     return total
+
+
+def _count_leaving(
+    rows: Tensor, send_counts: Sequence[int], group: dist.ProcessGroup, axis: Axis
+) -> None:
+    """Count the rows that other ranks get."""
+    leaving = len(rows) - send_counts[group.rank()]
+    count_sent(axis, leaving * rows.shape[1:].numel() * rows.element_size())

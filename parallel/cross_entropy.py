@@ -66,7 +66,7 @@ class _CrossEntropy(torch.autograd.Function):
         log_weight = None
         if group is not None:
             log_normaliser = logits.gather(-1, chosen).squeeze(-1).to(wide) - likelihood
-            log_weight = log_normaliser - gather_ranks(log_normaliser, group).logsumexp(0)
+            log_weight = log_normaliser - gather_ranks(log_normaliser, group, "tp").logsumexp(0)
             likelihood += log_weight
         ctx.save_for_backward(logits, valid, mine, chosen, log_weight)
         return -(likelihood * mine).sum()

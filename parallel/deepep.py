@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from parallel.rows import Permute, order_present_by_expert, permute, row_multiple
+from parallel.traffic import count_sent
 
 
 class DeepEPDispatcher:
@@ -80,7 +81,8 @@ class DeepEPDispatcher:
                 "train.dtype=bf16 or parallel.expert_dispatcher=all_to_all"
             )
         hidden_bytes = tokens.shape[1] * tokens.element_size()
-        exchange = _Exchange(_buffer(self.group, hidden_bytes), expert_indices, self.num_experts)
+        buffer = _buffer(self.group, hidden_bytes)
+        exchange = _Exchange(buffer, expert_indices, self.num_experts, self.group.rank())
         ticket = _Leave.apply(tokens, expert_weights.float(), exchange)  # type: ignore[no-untyped-call]
 
         def collect() -> Tensor:
@@ -117,8 +119,9 @@ class _Exchange:
     It holds what is sent and what arrives until the wait.
     """
 
-    def __init__(self, buffer: Any, expert_indices: Tensor, num_experts: int) -> None:
+    def __init__(self, buffer: Any, expert_indices: Tensor, num_experts: int, rank: int) -> None:
         self.buffer, self.sent_indices, self.num_experts = buffer, expert_indices, num_experts
+        self.rank = rank
         self.under_way: tuple[Any, tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
         self.handle: Any = None
         """DeepEP's record of where the tokens went, which the other three calls follow."""
@@ -141,6 +144,9 @@ class _Exchange:
             async_finish=True,
         )
         self.under_way = event, sent, (rows, row_weights)
+        staying = per_rank[self.rank]
+        self.leaving, self.returning = per_rank.sum() - staying, len(rows) - staying
+        _count_tokens(self.leaving, *sent, self.sent_indices)
 
     def start_back(self, grad_rows: Tensor, grad_weights: Tensor) -> None:
         """Let the gradients of the received tokens and weights leave for the tokens' ranks."""
@@ -149,6 +155,7 @@ class _Exchange:
             sent[0], self.handle, topk_weights=sent[1], async_finish=True
         )
         self.under_way = event, sent, (grad_tokens, grad_token_weights)
+        _count_tokens(self.returning, *sent)
 
     def wait(self) -> tuple[Tensor, ...]:
         """What has arrived; what comes after on this rank's stream may read it."""
@@ -157,6 +164,11 @@ class _Exchange:
         event.current_stream_wait()
         self.under_way = None
         return arrived
+
+
+def _count_tokens(number: Tensor, *values: Tensor) -> None:
+    """Count what is sent to other ranks of so many tokens; the host does not wait for the number."""
+    count_sent("ep", number * sum(x.shape[1] * x.element_size() for x in values))
 
 
 class _Leave(torch.autograd.Function):
@@ -195,6 +207,7 @@ class _Return(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, partial: Tensor, exchange: _Exchange) -> Tensor:
         ctx.exchange = exchange
+        _count_tokens(exchange.returning, partial)
         total: Tensor = exchange.buffer.combine(partial.contiguous(), exchange.handle)[0]
         return total
 
@@ -202,4 +215,5 @@ class _Return(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         exchange = ctx.exchange
+        _count_tokens(exchange.leaving, grad)
         return exchange.buffer.dispatch(grad.contiguous(), handle=exchange.handle)[0], None

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from parallel.collectives import exchange_rows, start_exchange
 from parallel.rows import Permute, order_by_expert, permute, row_multiple, spread
+from parallel.traffic import count_sent
+from parallel.volume import gather_bytes
 
 Dispatcher = Callable[[Tensor, Tensor, Tensor, nn.Module], Callable[[], Tensor]]
 """(tokens [tokens hidden], expert indices [tokens k], weights [tokens k], experts) sends tokens to
@@ -81,20 +83,21 @@ class AllToAllDispatcher:
         """
         here = order_by_expert(expert_indices, self.num_experts)
         arriving = torch.empty_like(here.counts)
+        count_sent("ep", gather_bytes(here.counts.nbytes, self.group.size()))
         dist.all_to_all_single(arriving, here.counts, group=self.group)
         # [rank of the group, local expert]; one copy to the host for both.
         leaving = here.counts.view(self.group.size(), -1)
         arriving = arriving.view(self.group.size(), -1)
         send, receive = torch.stack([leaving.sum(1), arriving.sum(1)]).tolist()
         rows, combine = self.permute(tokens, here)
-        arrive = start_exchange(rows, send, receive, self.group)
+        arrive = start_exchange(rows, send, receive, self.group, "ep")
         owner = _local_experts(arriving)
         there = order_by_expert(owner, arriving.shape[1], multiple=row_multiple(tokens))
 
         def collect() -> Tensor:
             results = experts(spread(arrive(), there), there.counts)
             results = results.index_select(0, there.place)
-            results = exchange_rows(results, receive, send, self.group)
+            results = exchange_rows(results, receive, send, self.group, "ep")
             return combine(results, expert_weights)
 
         return collect

@@ -17,6 +17,9 @@ from megatron.core.tensor_parallel.cross_entropy import VocabParallelCrossEntrop
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from parallel.traffic import count_sent
+from parallel.volume import sum_bytes
+
 
 def summed_cross_entropy(
     logits: Float[Tensor, "batch queries vocab"],
@@ -97,6 +100,7 @@ def fused_cross_entropy(
         )
     vocab = logits.shape[-1]
     losses = fused_vocab_parallel_cross_entropy(logits.flatten(0, 1), labels.flatten(), group)
+    count_sent("tp", 3 * sum_bytes(losses.nbytes, group.size()))
     valid, mine = labels.flatten() >= 0, labels.flatten() // vocab == group.rank()
     # The value is that of this rank's labels, the gradient that of all.
     value = losses.detach()
@@ -106,4 +110,5 @@ def fused_cross_entropy(
 
 def _reduce(x: Tensor, op: dist.ReduceOp.RedOpType, group: dist.ProcessGroup | None) -> None:
     if group is not None:
+        count_sent("tp", sum_bytes(x.nbytes, group.size()))
         dist.all_reduce(x, op=op, group=group)

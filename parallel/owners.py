@@ -18,6 +18,7 @@ from torch import Tensor
 
 from parallel.collectives import exchange_rows
 from parallel.shards import part_at
+from parallel.volume import Axis
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,8 @@ def map_whole_matrices(
     held: Sequence[Float[Tensor, "_ _ _"]],
     jobs: Sequence[Job],
     group: dist.ProcessGroup,
+    *,
+    axis: Axis,
 ) -> list[Tensor]:
     """Apply `function` to matrices of one shape that ranks hold in parts; returns this rank's parts.
 
@@ -144,6 +147,7 @@ def map_whole_matrices(
         held: this rank's part of each job, `[count, rows here, columns here]`; may have none.
         jobs: the same on all ranks.
         group: the ranks that hold the parts.
+        axis: what the group is.
     """
     rank, ranks = group.rank(), range(group.size())
     # Everything travels sorted by the other rank, then by this order.
@@ -159,13 +163,13 @@ def map_whole_matrices(
     given = [i for i in order if jobs[i].is_source(rank)]
     arriving = [sum(job.size(r) for job in mine if job.is_source(r)) for r in ranks]
     empty = held[0].new_empty(0)
-    flat = _exchange([empty, *(held[i] for i in given)], per_owner(given), arriving, group)
+    flat = _exchange([empty, *(held[i] for i in given)], per_owner(given), arriving, group, axis)
     results: list[Tensor] = []
     if mine:
         stacks = torch.split(function(_assemble(flat, mine, len(ranks))), [j.count for j in mine])
         results = [stack[j.place(r)] for r in ranks for j, stack in zip(mine, stacks, strict=True)]
     leaving = [sum(job.size(r) for job in mine) for r in ranks]
-    flat = _exchange([empty, *results], leaving, per_owner(order), group)
+    flat = _exchange([empty, *results], leaving, per_owner(order), group, axis)
     returned = dict(zip(order, torch.split(flat, [held[i].numel() for i in order]), strict=True))
     return [returned[i].view(part.shape) for i, part in enumerate(held)]
 
@@ -193,7 +197,8 @@ def _exchange(
     leaving: Sequence[int],
     arriving: Sequence[int],
     group: dist.ProcessGroup,
+    axis: Axis,
 ) -> Tensor:
     """Send all elements to their destinations, so many to each; the received ones, by source."""
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    return exchange_rows(flat.unsqueeze(1), leaving, arriving, group).squeeze(1)
+    return exchange_rows(flat.unsqueeze(1), leaving, arriving, group, axis).squeeze(1)

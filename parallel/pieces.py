@@ -10,10 +10,11 @@ from torch import Tensor
 
 from parallel.collectives import all_to_all
 from parallel.runs import Exchange
+from parallel.volume import Axis
 
 
 def fetch_pieces(
-    exchange: Exchange, group: dist.ProcessGroup, *xs: Float[Tensor, "batch part *_"]
+    exchange: Exchange, group: dist.ProcessGroup, axis: Axis, *xs: Float[Tensor, "batch part *_"]
 ) -> tuple[Float[Tensor, "batch wanted *_"], ...]:
     """The places that the exchange was planned for, of each tensor; differentiable.
 
@@ -25,9 +26,10 @@ def fetch_pieces(
     Args:
         exchange: planned for this rank.
         group: the ranks that hold the tokens.
+        axis: what the group is.
         xs: this rank's own tokens; of one type.
     """
-    fetched: tuple[Tensor, ...] = _Fetch.apply(exchange, group, *xs)  # type: ignore[no-untyped-call]
+    fetched: tuple[Tensor, ...] = _Fetch.apply(exchange, group, axis, *xs)  # type: ignore[no-untyped-call]
     return fetched
 
 
@@ -37,10 +39,12 @@ class _Fetch(torch.autograd.Function):
         ctx: Any,  # noqa: ANN401
         exchange: Exchange,
         group: dist.ProcessGroup,
+        axis: Axis,
         *xs: Tensor,
     ) -> tuple[Tensor, ...]:
-        ctx.exchange, ctx.group, ctx.num_tokens = exchange, group, xs[0].shape[1]
-        received = _swap(xs, exchange.sent, exchange.received, group)
+        ctx.exchange, ctx.group, ctx.axis = exchange, group, axis
+        ctx.num_tokens = xs[0].shape[1]
+        received = _swap(xs, exchange.sent, exchange.received, group, axis)
         results = tuple(x.new_empty(len(x), exchange.num_rows, *x.shape[2:]) for x in xs)
         for result, x, others in zip(results, xs, received, strict=True):
             for to, rows in exchange.kept:
@@ -52,14 +56,14 @@ class _Fetch(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         exchange: Exchange = ctx.exchange
-        returned = _swap(grads, exchange.received, exchange.sent, ctx.group)
+        returned = _swap(grads, exchange.received, exchange.sent, ctx.group, ctx.axis)
         totals = tuple(g.new_zeros(len(g), ctx.num_tokens, *g.shape[2:]) for g in grads)
         for total, grad, others in zip(totals, grads, returned, strict=True):
             for to, rows in exchange.kept:
                 total[:, rows] += grad[:, to]
             for to, rows in _in_order(exchange.sent):
                 total[:, to] += others[:, rows]
-        return None, None, *totals
+        return None, None, None, *totals
 
 
 def _swap(
@@ -67,14 +71,14 @@ def _swap(
     sent: Sequence[Sequence[slice]],
     received: Sequence[Sequence[slice]],
     group: dist.ProcessGroup,
+    axis: Axis,
 ) -> list[Tensor]:
     """The tokens that other ranks sent, `[batch, tokens, ...]` of each tensor, by rank and in order."""
     rows = [slice(0, 0), *(piece for pieces in sent for piece in pieces)]
     outgoing = [torch.cat([x[:, r] for r in rows], dim=1).transpose(0, 1) for x in xs]
     widths = [len(x) * x.shape[2:].numel() for x in xs]
-    arrived = all_to_all(
-        torch.cat([x.flatten(1) for x in outgoing], dim=1), _counts(sent), _counts(received), group
-    )
+    together = torch.cat([x.flatten(1) for x in outgoing], dim=1)
+    arrived = all_to_all(together, _counts(sent), _counts(received), group, axis)
     return [
         torch.unflatten(part, 1, x.shape[:1] + x.shape[2:]).transpose(0, 1)
         for part, x in zip(torch.split(arrived, widths, dim=1), xs, strict=True)

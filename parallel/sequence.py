@@ -32,6 +32,7 @@ from parallel.runs import (
     part_runs,
     reaching_back,
 )
+from parallel.volume import Axis
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +48,11 @@ class SequenceSplit:
     + tensor."""
     kind: ContextSplit = "zigzag"
     _parts: dict[int, "SequencePart"] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def axis(self) -> Axis:
+        """What `both` counts for: context parallelism, where there is any."""
+        return "tp" if self.context is None else "cp"
 
     def of(self, length: int) -> "SequencePart":
         """This rank's part of sequences of `length` tokens.
@@ -127,7 +133,7 @@ class SequencePart:
 
         Communication: an all-gather over tp; a reduce-scatter of the gradients in backward.
         """
-        return gather_dim1(x, self.split.tensor)
+        return gather_dim1(x, self.split.tensor, "tp")
 
     def scatter_queries(
         self, x: Float[Tensor, "batch queries *rest"]
@@ -136,14 +142,14 @@ class SequencePart:
 
         Communication: a reduce-scatter over tp; an all-gather of the gradients in backward.
         """
-        return reduce_scatter_dim1(x, self.split.tensor)
+        return reduce_scatter_dim1(x, self.split.tensor, "tp")
 
     def gather(self, x: Shaped[Tensor, "batch part *rest"]) -> Shaped[Tensor, "batch seq *rest"]:
         """The tokens of all ranks that share the sequence, in the sequence's order.
 
         Communication: an all-gather over cp x tp; a reduce-scatter of the gradients in backward.
         """
-        gathered = gather_dim1(x, self.split.both)
+        gathered = gather_dim1(x, self.split.both, self.split.axis)
         runs = [run for of_rank in self.all_runs for run in of_rank]
         if len(joined(runs)) == 1:
             return gathered
@@ -161,7 +167,7 @@ class SequencePart:
         Args:
             x: of the same shape on every rank; its rows need not be tokens.
         """
-        return gather_dim1(x, self.split.both)
+        return gather_dim1(x, self.split.both, self.split.axis)
 
     def gather_together(
         self, *xs: Float[Tensor, "batch part _"]
@@ -197,14 +203,16 @@ class SequencePart:
 
         Communication: an all-reduce over cp x tp.
         """
-        return x if self.split.both is None else sum_over(x, self.split.both)
+        both = self.split.both
+        return x if both is None else sum_over(x, both, self.split.axis)
 
     def sum_over_heads(self, x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
         """Sum over the tensor-parallel ranks, each of which has some heads, without gradient.
 
         Communication: an all-reduce over tp.
         """
-        return x if self.split.tensor is None else sum_over(x, self.split.tensor)
+        tensor = self.split.tensor
+        return x if tensor is None else sum_over(x, tensor, "tp")
 
     def _fetch(self, history: int, xs: tuple[Tensor, ...], *, queries: bool) -> tuple[Tensor, ...]:
         if self.split.both is None or not (history or (queries and self.split.tensor)):
@@ -214,7 +222,8 @@ class SequencePart:
             wanted = [reaching_back(of_rank, history) for of_rank in runs]
             exchange = Exchange.plan(self.all_runs, wanted, self.rank)
             self._exchanges[history, queries] = exchange
-        return fetch_pieces(self._exchanges[history, queries], self.split.both, *xs)
+        exchange = self._exchanges[history, queries]
+        return fetch_pieces(exchange, self.split.both, self.split.axis, *xs)
 
 
 def _take(x: Tensor, runs: Sequence[range]) -> Tensor:

@@ -4,17 +4,25 @@ A new torch version is checked by running the tests of this folder and adding it
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import (
+    DefaultAllGather,
+    DefaultReduceScatter,
+)
 from torch.distributed.fsdp._fully_shard._fsdp_common import (
     FSDPMeshInfo,
     HSDPMeshInfo,
     ShardPlacementResult,
 )
 from torch.distributed.tensor import DTensor, Shard
+
+from parallel.traffic import count_sent
+from parallel.volume import Axis, gather_bytes, sum_bytes
 
 
 def unflatten_mesh(
@@ -79,3 +87,57 @@ def place_tensor_parallel(
         info = HSDPMeshInfo(mesh, shard_mesh_dim=1, replicate_mesh_dim=0)
     elsewhere = ShardPlacementResult(Shard(0), info)
     return lambda parameter: elsewhere if isinstance(parameter, DTensor) else Shard(0)
+
+
+def stays_gathered(module: FSDPModule) -> bool:
+    """Whether the parameters of an FSDP2 unit stay gathered after the forward pass."""
+    groups = fully_shard.state(module)._fsdp_param_groups  # type: ignore[attr-defined]
+    return all(group.post_forward_mesh_info is None for group in groups)
+
+
+def count_parameter_traffic(module: nn.Module, axis: Axis) -> None:
+    """Let the gathers and gradient sums of one FSDP2 unit count for an axis.
+
+    torch's own setters refuse units with parameters on several meshes.
+    """
+    for group in fully_shard.state(module)._fsdp_param_groups:  # type: ignore[attr-defined]
+        group._all_gather_comm = _CountedAllGather(axis)
+        group._reduce_scatter_comm = _CountedReduceScatter(axis)
+        if isinstance(group.mesh_info, HSDPMeshInfo):
+            copies = group.mesh_info.replicate_mesh_size
+
+            def count_sum(gradient: Tensor, copies: int = copies) -> None:
+                count_sent(axis, sum_bytes(gradient.nbytes, copies))
+
+            group._all_reduce_hook = count_sum
+
+
+class _CountedAllGather(DefaultAllGather):
+    def __init__(self, axis: Axis) -> None:
+        self.axis = axis
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        async_op: bool = False,
+    ) -> dist.Work | None:
+        count_sent(self.axis, gather_bytes(output_tensor.nbytes, group.size()))
+        return super().__call__(output_tensor, input_tensor, group, async_op)
+
+
+class _CountedReduceScatter(DefaultReduceScatter):
+    def __init__(self, axis: Axis) -> None:
+        self.axis = axis
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        op: dist.ReduceOp | dist.ReduceOp.RedOpType,
+        async_op: bool = False,
+    ) -> Any:  # noqa: ANN401 - torch promises Work and returns None
+        count_sent(self.axis, gather_bytes(input_tensor.nbytes, group.size()))
+        return super().__call__(output_tensor, input_tensor, group, op, async_op)

@@ -1,14 +1,18 @@
 """The training loop of one rank, top to bottom."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from data.loader import Batch, build_loader, fingerprint
+from parallel.collectives import sum_over
+from parallel.traffic import take_sent
+from parallel.volume import Axis
 from train.build import Training, build
 from train.checkpoint.state import Progress, restore, save
 from train.config import RunConfig
@@ -37,16 +41,19 @@ def train(config: RunConfig, run_dir: Path, stop: StopRequest) -> int:
             phase, batch, data_state = next(batches)
             fetched = time.perf_counter()
             step = progress.step + 1
+            take_sent()  # what came between two steps belongs to none
             record = train_step(training, batch, step)
+            sent = take_sent()
             tokens = progress.tokens + phase.tokens_per_step
             progress = Progress(step=step, tokens=tokens, data_state=data_state)
             record |= batch_shape(phase)
             record |= timing(training, phase.tokens_per_step, started, fetched)
             if due(step, config.evaluate.every_steps, config.train.steps):
                 record |= evaluate(training)
+            stopping, traffic = end_step(training, stop, sent)
             if log:
-                log.write({"step": step, "tokens": progress.tokens, **record})
-            if stop.agreed(training.device):
+                log.write({"step": step, "tokens": progress.tokens, **record, **traffic})
+            if stopping:
                 exit_code = STOPPED_EXIT_CODE
             if exit_code or due(step, config.checkpoint.every_steps, config.train.steps):
                 path = save(
@@ -148,6 +155,32 @@ def timing(training: Training, tokens: int, started: float, fetched: float) -> R
         "data_wait_seconds": fetched - started,
         "peak_memory_bytes": training.backend.peak_memory_bytes(),
     }
+
+
+def end_step(
+    training: Training, stop: StopRequest, sent: Mapping[Axis, float]
+) -> tuple[bool, Record]:
+    """Whether some rank was asked to stop, and the mean over ranks of the bytes that they sent.
+
+    The same on all ranks. Axes over which nothing was sent are left out.
+
+    Communication: one all-reduce of eight numbers over the world.
+
+    Args:
+        training: says the device.
+        stop: the request to this rank, if there was one.
+        sent: by this rank during the step.
+    """
+    numbers = [float(stop.requested), *sent.values()]
+    totals = sum_over(torch.tensor(numbers, dtype=training.sum_dtype, device=training.device))
+    requests, *all_sent = totals.tolist()
+    ranks = dist.get_world_size()
+    means = {
+        f"comm/{axis}_bytes": total / ranks
+        for axis, total in zip(sent, all_sent, strict=True)
+        if total
+    }
+    return requests > 0, means
 
 
 def due(step: int, every: int, last: int) -> bool:

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from data.loader import Batch
+from parallel.collectives import sum_over
 from parallel.gradients import clip_by_global_norm
 from train.build import Training
 from train.metrics import Record
@@ -57,7 +58,7 @@ def train_step(
     microbatches = split(batch, phase.micro_batch_size)
     sums[:2] = forward_backward(training, microbatches, valid=valid, mtp_weight=mtp_weight)
     sums[2] = sum(moe.take_balance_loss() for moe in model.moe_layers())
-    dist.all_reduce(sums)
+    sums = sum_over(sums)
     if on_gradients is not None:
         on_gradients()
     gradient_norm = clip_by_global_norm(
@@ -100,9 +101,7 @@ def check_batch(training: Training, batch: Batch) -> None:
         problem = f"rank {dist.get_rank()}: {error}"
     if config is None:
         return
-    broken = torch.tensor(int(problem is not None), device=training.device)
-    dist.all_reduce(broken)
-    if broken:
+    if sum_over(torch.tensor(int(problem is not None), device=training.device)):
         found: list[str | None] = [None] * dist.get_world_size()
         dist.all_gather_object(found, problem)
         raise ValueError("\n".join(line for line in found if line))
@@ -119,8 +118,7 @@ def count_labels(training: Training, batch: Batch) -> tuple[Float[Tensor, "2"], 
     further = part.take(mtp_labels(batch.labels, batch.document_ids))
     tokens = torch.tensor(labels.numel())
     counts = torch.stack([(labels >= 0).sum(), (further >= 0).sum(), tokens])
-    counts = counts.to(training.device, training.sum_dtype)
-    dist.all_reduce(counts)
+    counts = sum_over(counts.to(training.device, training.sum_dtype))
     counts /= training.meshes.pp.size()
     return counts[:2].clamp(min=1.0).to(training.loss_dtype), counts[2].item()
 
@@ -167,7 +165,7 @@ def reduce_indexer_sums(training: Training, tokens: float) -> Record:
     sums = torch.zeros(4, dtype=training.sum_dtype, device=training.device)
     for indexer in training.model.indexers():
         sums += indexer.take_sums().to(sums)
-    dist.all_reduce(sums)
+    sums = sum_over(sums)
     loss = config.indexer.loss_weight * sums[0].item() / tokens
     return {"loss_indexer": loss} | indexer_metrics(sums, tokens * config.num_indexers)
 
@@ -189,7 +187,7 @@ def update_router_bias(training: Training) -> Record:
         counts[moe.place] = moe.take_load_counts()
     if training.model.is_frozen or not config.num_moe_layers:
         return {}
-    dist.all_reduce(counts)
+    counts = sum_over(counts)
     largest = torch.tensor(-1.0, dtype=training.sum_dtype, device=training.device)
     for moe in layers:
         moe.router.update_bias(counts[moe.place])

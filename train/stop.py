@@ -1,17 +1,13 @@
 """Stop requests: a signal sets a flag, and the ranks agree on it between two steps.
 
 `train.run` installs this before it imports anything slow, so that a signal during start-up is not
-lost; `train.loop` asks `agreed` once a step, so that every rank saves the same step.
+lost; `train.loop` asks all ranks once a step, so that every rank saves the same step.
 """
 
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import torch
 
 STOPPED_EXIT_CODE = 85
 """Exit code of a rank, and of the command, that saved and left on request: requeue me."""
@@ -39,6 +35,11 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal_name: str | None = None
 
+    @property
+    def requested(self) -> bool:
+        """Whether this rank was asked; others may not have been."""
+        return self.signal_name is not None
+
     def install(self) -> None:
         """Take over SIGTERM, SIGINT and SIGUSR1, also those that came before."""
         for number in _SIGNALS:
@@ -47,15 +48,3 @@ class StopRequest:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.signal_name = signal.Signals(number).name
-
-    def agreed(self, device: "torch.device") -> bool:
-        """Whether any rank was asked; the same answer on all ranks.
-
-        Communication: one all-reduce (MAX) of one number over the world.
-        """
-        import torch  # noqa: PLC0415 - after the handlers are in place
-        import torch.distributed as dist  # noqa: PLC0415
-
-        flag = torch.tensor([float(self.signal_name is not None)], device=device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())

@@ -160,7 +160,7 @@ def exchanged(rank: int) -> tuple[NDArray[Any], NDArray[Any]]:
     send = [rank, 1, 1]
     receive = [0, 1, 2] if rank == 0 else [1, 1, 1]
     rows = (100.0 * rank + torch.arange(float(sum(send)))).unsqueeze(1).requires_grad_()
-    received = exchange_rows(rows, send, receive, world())
+    received = exchange_rows(rows, send, receive, world(), "ep")
     torch.autograd.backward((received * (rank + 1)).sum())
     assert rows.grad is not None
     return received.detach().numpy()[:, 0].copy(), rows.grad.numpy()[:, 0].copy()

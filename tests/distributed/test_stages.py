@@ -28,6 +28,7 @@ from train.model.attention.config import IndexerConfig
 from train.model.config import EngramConfig, ModelConfig
 from train.model.moe.config import MoeConfig
 from train.stop import StopRequest
+from train.volume import step_volume
 
 STEPS = 16
 SEQUENCES = [4, 4, 4, *[8] * 7, *[4] * 6]
@@ -94,7 +95,8 @@ class StopAfter(StopRequest):
         super().__init__()
         self.left = steps
 
-    def agreed(self, device: torch.device) -> bool:
+    @property
+    def requested(self) -> bool:
         self.left -= 1
         return self.left == 0
 
@@ -133,6 +135,20 @@ def test_the_batches_and_tokens_of_every_step_are_those_of_its_stage(uninterrupt
     assert [row["sequence_length"] for row in rows] == LENGTHS
     tokens = (n * length for n, length in zip(SEQUENCES, LENGTHS, strict=True))
     assert [row["tokens"] for row in rows] == list(accumulate(tokens))
+
+
+def test_the_log_has_the_mean_of_the_bytes_that_ranks_send(
+    tiny_corpus: Path, uninterrupted: Path
+) -> None:
+    config = recipe(tiny_corpus, ranks=2)
+    rows = records(uninterrupted)
+    for step in (1, 4, STEPS):  # of a batch that grows, a full one, longer sequences
+        first, second = (step_volume(config, rank, step=step) for rank in range(2))
+        wanted = {f"comm/{axis}_bytes": (first[axis] + second[axis]) / 2 for axis in first}
+        found = {key: value for key, value in rows[step - 1].items() if key.startswith("comm/")}
+        # Routing is not balanced: what leaves a rank is only about what it would be then.
+        assert found.pop("comm/ep_bytes") == pytest.approx(wanted.pop("comm/ep_bytes"), rel=0.3)
+        assert found == {key: value for key, value in wanted.items() if value}
 
 
 def test_the_warm_up_of_the_indexer_moves_nothing_else(

@@ -153,7 +153,7 @@ def check_layers(rank: int, context: int, tensor: int, kind: ContextSplit) -> No
     inputs = batch()
     for name, layer in layers():
         # With few entries the selection is never gathered; both forms are to be seen.
-        compressed._GATHER_SHARE = 0 if "csa sparse 2" in name else 8
+        compressed.SHARE_TO_GATHER = 0 if "csa sparse 2" in name else 8
         check_layer(name, layer, part, tensor, inputs)
 
 

@@ -81,7 +81,9 @@ class Muon(torch.optim.Optimizer):
             counts = [matrices.count for matrices in work.matrices]
             updates = list(torch.split(orthogonalize(torch.cat(directions)), counts))
         else:
-            updates = map_whole_matrices(orthogonalize, directions, work.jobs(), work.group)
+            updates = map_whole_matrices(
+                orthogonalize, directions, work.jobs(), work.group, axis=work.axis
+            )
         for matrices, update in zip(work.matrices, updates, strict=True):
             self._apply(matrices, rank, update)
 

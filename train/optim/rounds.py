@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from parallel.owners import Job, Spread, balance
 from parallel.shards import cut_dims
+from parallel.volume import Axis
 from train.optim.newton_schulz import flops
 
 ROUND_ELEMENTS = 1 << 26
@@ -60,12 +61,14 @@ class Round:
     """Rank of the group that orthogonalizes each of `matrices`."""
     group: dist.ProcessGroup | None
     """The ranks that hold parts; None if this one holds them all."""
+    axis: Axis
+    """What their traffic counts for."""
 
     def trained(self) -> "Round":
         """Without the matrices that have no gradient: those of frozen parameters, on all ranks alike."""
         pairs = zip(self.matrices, self.owners, strict=True)
         kept = [(m, owner) for m, owner in pairs if m.parameter.grad is not None]
-        return Round([m for m, _ in kept], [owner for _, owner in kept], self.group)
+        return Round([m for m, _ in kept], [owner for _, owner in kept], self.group, self.axis)
 
     def jobs(self) -> list[Job]:
         """What `map_whole_matrices` asks for."""
@@ -87,11 +90,12 @@ def plan_rounds(
         rows: of each parameter, the rows of the matrices stacked in it, see `train.model.roles`.
         stage: the ranks over which two-dimensional ones are spread; None if they are plain tensors.
     """
-    members: dict[dist.ProcessGroup | None, list[Matrices]] = {}
+    members: dict[tuple[dist.ProcessGroup | None, Axis], list[Matrices]] = {}
     for parameter, stacked in zip(parameters, rows, strict=True):
         group, spread = holders(parameter, stage)
-        members.setdefault(group, []).extend(_matrices_of(parameter, stacked, spread, _size(group)))
-    for group, matrices in members.items():
+        alike = members.setdefault((group, "dp" if parameter.ndim == 2 else "edp"), [])
+        alike.extend(_matrices_of(parameter, stacked, spread, _size(group)))
+    for (group, axis), matrices in members.items():
         owners = balance([m.count * flops(*m.shape) for m in matrices], _size(group))
         for shape in dict.fromkeys(m.shape for m in matrices):
             queues: list[list[Matrices]] = [[] for _ in range(_size(group))]
@@ -103,6 +107,7 @@ def plan_rounds(
                     matrices=[m for batch in taken for m in batch],
                     owners=[owner for owner, batch in enumerate(taken) for _ in batch],
                     group=group,
+                    axis=axis,
                 )
 
 
@@ -152,7 +157,7 @@ def _matrices_of(
     start = 0
     for height in rows:
         matrix = replace(spread, rows=range(start, start + height))
-        share = max(1, min(_at_once(matrix), math.ceil(len(experts) / num_ranks)))
+        share = max(1, min(at_once(matrix), math.ceil(len(experts) / num_ranks)))
         for first in range(0, len(experts), share):
             yield Matrices(parameter, experts[first : first + share], matrix)
         start += height
@@ -165,13 +170,13 @@ def _batches(matrices: Sequence[Matrices]) -> list[list[Matrices]]:
     for m in matrices:
         if m.count > room:
             batches.append([])
-            room = _at_once(m.spread)
+            room = at_once(m.spread)
         batches[-1].append(m)
         room -= m.count
     return batches
 
 
-def _at_once(spread: Spread) -> int:
+def at_once(spread: Spread) -> int:
     """Matrices that a rank orthogonalizes at a time, while the results for other copies arrive."""
     return max(1, ROUND_ELEMENTS // (math.prod(spread.matrix_shape) * spread.copies))
 

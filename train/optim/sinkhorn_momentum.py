@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from parallel.collectives import sum_over
 from train.optim.rounds import holders, local_part
 
-_NORMALIZATIONS = 11
+NORMALIZATIONS = 11
 """K of algorithm 1: rows and columns in turn, rows first and last."""
 _THRESHOLD = 1e-3
 """tau of algorithm 1."""
@@ -103,14 +103,14 @@ def balance_(
     squares = matrix.square()
     row = _inverse(squares.sum(1))
     column = squares.new_ones(squares.shape[1])
-    for _ in range(_NORMALIZATIONS // 2):
+    for _ in range(NORMALIZATIONS // 2):
         column = _inverse(_sum(row @ squares, group))
         row = _inverse(squares @ column)
     matrix.mul_(row.sqrt().unsqueeze(1)).mul_(column.sqrt())
 
 
 def _sum(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    return value if group is None else sum_over(value, group)
+    return value if group is None else sum_over(value, group, "dp")
 
 
 def _inverse(sums: Float[Tensor, "lines"]) -> Float[Tensor, "lines"]:

@@ -42,7 +42,7 @@ from train.model.norm import RMSNorm
 from train.model.rotary import Tables, rotary_tables, rotate_last
 from train.model.tokens import Tokens
 
-_GATHER_SHARE = 8
+SHARE_TO_GATHER = 8
 """Rows are gathered where a query attends to less than this part of the entries (measured on a CPU
 with 4 heads); with more, scores of all entries and a mask are cheaper."""
 
@@ -292,7 +292,7 @@ def attend_and_teach(
     teacher is normalised: a head that looks at its window has little to say about the entries.
     """
     rows = 0 if seen.selected is None else seen.window + seen.selected.shape[-1]
-    gathers = bool(rows) and rows * _GATHER_SHARE < parts.entries.shape[1]
+    gathers = bool(rows) and rows * SHARE_TO_GATHER < parts.entries.shape[1]
     attend = attend_gathered if gathers else attend_in_window
     if loss is None:
         return attend(parts, seen)

@@ -30,7 +30,7 @@ from train.model.config import ModelConfig
 from train.model.rotary import Tables, rotate_halves
 from train.model.tokens import Tokens
 
-_GATHER_SHARE = 8
+SHARE_TO_GATHER = 8
 """Rows are gathered where a query attends to less than this part of the sequence (measured on a
 CPU); with more, scores of all tokens and a mask are cheaper."""
 
@@ -149,7 +149,7 @@ class SparseLatentAttention(MultiHeadLatentAttention):
         loss: IndexerLoss | None,
     ) -> Float[Tensor, "batch queries values"]:
         """Attention in the cheapest form; its probabilities are the teacher of `loss`."""
-        if selected is None or selected.shape[-1] * _GATHER_SHARE > document_ids.shape[1]:
+        if selected is None or selected.shape[-1] * SHARE_TO_GATHER > document_ids.shape[1]:
             observe = None if loss is None else teach_own_queries(part, loss.over_keys)
             return self.attend_with_heads(latents, document_ids, part, selected, observe)
         to_keys, to_values = self.expansion()

@@ -19,7 +19,7 @@ from train.model.attention.config import IndexerConfig, IndexerStage
 from train.model.attention.core import Observer
 from train.model.attention.indexer import query_chunks
 
-_RECALL_QUERIES = 16
+RECALL_QUERIES = 16
 """Queries of a sequence whose selection is compared with the full attention in every step."""
 
 
@@ -123,7 +123,7 @@ def sample_queries(part: SequencePart, run: Span, numbers: int, like: Tensor) ->
         numbers: scores of one query; see `query_chunks`.
         like: of the device that the indices are for.
     """
-    step = -(-part.length // _RECALL_QUERIES)
+    step = -(-part.length // RECALL_QUERIES)
     spaced = [place for place in range(part.length - 1, -1, -step) if place in run.run]
     if not spaced:
         return

@@ -74,7 +74,7 @@ def test_gathered_and_masked_selections_are_the_same(monkeypatch: pytest.MonkeyP
     x, positions, documents = batch(30, 10, 9)
     results = []
     for share in (8, 0):
-        monkeypatch.setattr(compressed, "_GATHER_SHARE", share)
+        monkeypatch.setattr(compressed, "SHARE_TO_GATHER", share)
         module, leaf = attention(SPARSE), x.clone().requires_grad_()
         out = module(leaf, tokens_of(positions, documents))
         results.append([out, *torch.autograd.grad(out.square().sum(), [leaf, module.sink.logits])])
@@ -131,7 +131,7 @@ def test_the_indexer_learns_from_the_joint_softmax(
     stage: str, gather: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two heads, and queries that see two entries and more: fewer of either cannot tell."""
-    monkeypatch.setattr(compressed, "_GATHER_SHARE", gather)
+    monkeypatch.setattr(compressed, "SHARE_TO_GATHER", gather)
     module = attention(SPARSE, stage=stage).double()
     x, positions, documents = batch(30, 10, 9)
     inputs = (x.double(), positions, documents)
