@@ -9,26 +9,51 @@ from typing import Any
 import numpy as np
 import pytest
 
-from parallel.config import ContextSplit, ParallelConfig
+from parallel.config import ParallelConfig
 from tests.harness import run_distributed
-from tests.parity import test_image_layouts, test_layouts, test_layouts_dsa
-from tests.parity.test_layouts_dsa import INDEXING, sparse_recipe
+from tests.parity import test_image_layouts, test_layouts_dsa
+from tests.parity.test_layouts_dsa import INDEXING, LOSSES, sparse_recipe
 from tests.parity.test_layouts_hybrid import hybrid_recipe
+from tests.parity.test_layouts_tensor import compare, layout, name_of, world_size
 from train.config import RunConfig
 from train.model.config import HyperConnectionConfig
 
-LOSSES = ("loss", "loss_main", "loss_mtp", "loss_balance", "grad_norm")
-SLOW = pytest.mark.slow
 Steps = list[dict[str, Any]]
+Model = Callable[[Path], RunConfig]
 
 
-def dense(corpus: Path, residual: str) -> RunConfig:
-    """Latent attention, memory (with its convolution, but for `mhc_single_pass`), MTP."""
-    return test_layouts.recipe(corpus, residual, 1, 1, 8)
+def contiguous(**ranks: int) -> ParallelConfig:
+    return replace(layout(**ranks), context_split="contiguous")
 
 
-def hybrid(corpus: Path, _: str) -> RunConfig:
-    """Window, CSA and HCA; hash routing in the first layer; both single-pass mHC and V4's MTP."""
+def test_latent_attention_memory_and_mtp(tiny_corpus: Path) -> None:
+    compare(tiny_corpus, "mhc", layout(context=2, expert=2))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("model", "parallel"),
+    [
+        ("mhc", contiguous(context=2)),
+        ("mhc", layout(context=4, expert=4)),
+        ("mhc", layout(context=2, data=2, expert=2)),
+        ("mhc", contiguous(context=2, data_replicate=2, expert=2)),
+        ("hc", layout(context=2)),
+        ("plain", contiguous(context=4)),
+        ("single_pass", layout(context=2)),
+        ("no_query_rank", layout(context=2)),
+        ("hash", contiguous(context=2)),
+        ("dsa", layout(context=4)),
+    ],
+    ids=name_of,
+)
+def test_every_model_and_layout(tiny_corpus: Path, model: str, parallel: ParallelConfig) -> None:
+    compare(tiny_corpus, model, parallel)
+
+
+def hybrid(corpus: Path) -> RunConfig:
+    """Window, CSA and HCA in all stages; hash routing first; single-pass mHC and V4's MTP."""
     config = hybrid_recipe(corpus, 1, 8)
     model = replace(
         config.model,
@@ -40,48 +65,63 @@ def hybrid(corpus: Path, _: str) -> RunConfig:
     return replace(config, model=model)
 
 
-def sparse(corpus: Path, _: str) -> RunConfig:
+def sparse(corpus: Path) -> RunConfig:
     """All stages of DSA."""
     return sparse_recipe(corpus, 1, 1, 8)
 
 
-def images(corpus: Path, _: str) -> RunConfig:
-    """Pictures in one of the sequences, across ranks."""
+def images(corpus: Path) -> RunConfig:
+    """Pictures in one of the sequences."""
     return test_image_layouts.recipe(corpus, 1, 4)
 
 
-Model = Callable[[Path, str], RunConfig]
-TRAIN_RANK: dict[Model, Callable[[int, RunConfig], Steps]] = {
-    dense: test_layouts.train_rank,
-    hybrid: test_layouts_dsa.train_rank,
-    sparse: test_layouts_dsa.train_rank,
-    images: test_image_layouts.train_rank,
-}
-
-
-def spread(
-    config: RunConfig, context: int, split: ContextSplit, data: int, expert: int, copies: int
-) -> RunConfig:
-    parallel = ParallelConfig(
-        data_parallel_size=data,
-        data_replicate_parallel_size=copies,
-        context_parallel_size=context,
-        context_split=split,
-        expert_parallel_size=expert,
-    )
-    micro = config.train.global_batch_size // (2 * data * copies)
-    return replace(config, parallel=parallel, train=replace(config.train, micro_batch_size=micro))
+def train_rank(rank: int, config: RunConfig) -> Steps:
+    if config.model.vision is None:
+        return test_layouts_dsa.train_rank(rank, config)
+    return test_image_layouts.train_rank(rank, config)
 
 
 @cache
-def one_rank(corpus: Path, model: Model, residual: str) -> Steps:
-    [found] = run_distributed(TRAIN_RANK[model], 1, model(corpus, residual))
+def one_rank(corpus: Path, model: Model) -> Steps:
+    [found] = run_distributed(train_rank, 1, model(corpus))
     steps: Steps = found
     return steps
 
 
-def assert_same_training(found: Steps, reference: Steps) -> None:
-    for ours, theirs in zip(found, reference, strict=True):
+def on(config: RunConfig, parallel: ParallelConfig) -> RunConfig:
+    """In two microbatches."""
+    data = parallel.data_parallel_size * parallel.data_replicate_parallel_size
+    micro = config.train.global_batch_size // (2 * data)
+    return replace(config, parallel=parallel, train=replace(config.train, micro_batch_size=micro))
+
+
+@pytest.mark.parametrize(
+    ("model", "parallel"),
+    [
+        (hybrid, layout(context=2)),
+        (images, layout(context=2)),
+        *(
+            pytest.param(*case, marks=[pytest.mark.slow, pytest.mark.timeout(600)])
+            for case in [
+                (sparse, contiguous(context=2)),
+                (sparse, layout(context=2, data=2, expert=2)),
+                (sparse, layout(context=4, expert=2)),
+                (sparse, layout(context=2, tensor=2)),
+                (hybrid, contiguous(context=2, data=2, expert=4)),
+                (hybrid, layout(context=4, expert=2)),
+                (hybrid, layout(tensor=2)),
+                (hybrid, layout(context=2, tensor=2, expert=2)),
+                (images, contiguous(context=2, data=2, expert=2)),
+                (images, layout(context=2, tensor=2)),
+            ]
+        ),
+    ],
+    ids=lambda case: name_of(case) if isinstance(case, ParallelConfig) else case.__name__,
+)
+def test_stages_and_images(tiny_corpus: Path, model: Model, parallel: ParallelConfig) -> None:
+    config = on(model(tiny_corpus), parallel)
+    found = run_distributed(train_rank, world_size(parallel), config, timeout=300.0)
+    for ours, theirs in zip(found[0], one_rank(tiny_corpus, model), strict=True):
         for name in (*LOSSES, *(name for name in INDEXING if name in theirs)):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-12), name
         # A frozen model reports no load.
@@ -91,54 +131,23 @@ def assert_same_training(found: Steps, reference: Steps) -> None:
         for name, value in theirs["parameters"].items():
             error = np.abs(ours["parameters"][name] - value).max()
             assert error <= 1e-10, (name, error)
-        if "validation/loss" in theirs:
-            expected = pytest.approx(theirs["validation/loss"], rel=1e-12)
-            assert ours["validation/loss"] == expected
-
-
-@pytest.mark.parametrize(
-    ("model", "residual", "context", "split", "data", "expert", "copies"),
-    [
-        (dense, "mhc", 2, "zigzag", 1, 2, 1),
-        (sparse, "", 2, "contiguous", 1, 1, 1),
-        (hybrid, "", 2, "zigzag", 1, 1, 1),
-        (images, "", 2, "zigzag", 1, 1, 1),
-        pytest.param(dense, "mhc", 2, "contiguous", 2, 1, 1, marks=SLOW),
-        pytest.param(dense, "mhc", 2, "zigzag", 1, 2, 2, marks=SLOW),
-        pytest.param(dense, "mhc_single_pass", 2, "zigzag", 2, 2, 1, marks=SLOW),
-        pytest.param(dense, "hc", 2, "zigzag", 1, 1, 1, marks=SLOW),
-        pytest.param(dense, "plain", 4, "zigzag", 1, 4, 1, marks=SLOW),
-        pytest.param(sparse, "", 2, "zigzag", 2, 2, 1, marks=SLOW),
-        pytest.param(sparse, "", 4, "zigzag", 1, 2, 1, marks=SLOW),
-        pytest.param(hybrid, "", 2, "contiguous", 2, 4, 1, marks=SLOW),
-        pytest.param(hybrid, "", 4, "zigzag", 1, 2, 1, marks=SLOW),
-        pytest.param(images, "", 2, "contiguous", 2, 2, 1, marks=SLOW),
-    ],
-)
-def test_spread_sequences_train_as_whole_ones(
-    tiny_corpus: Path,
-    model: Model,
-    residual: str,
-    context: int,
-    split: ContextSplit,
-    data: int,
-    expert: int,
-    copies: int,
-) -> None:
-    reference = one_rank(tiny_corpus, model, residual)
-    config = spread(model(tiny_corpus, residual), context, split, data, expert, copies)
-    ranks = context * data * copies
-    found = run_distributed(TRAIN_RANK[model], ranks, config, timeout=200.0)
-    assert_same_training(found[0], reference)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", [dense, sparse, hybrid])
-def test_a_repeated_run_has_the_same_bits(tiny_corpus: Path, model: Model) -> None:
-    config = spread(model(tiny_corpus, "mhc"), 2, "zigzag", 1, 2, 1)
-    once, again = (run_distributed(TRAIN_RANK[model], 2, config)[0] for _ in range(2))
-    for ours, theirs in zip(once, again, strict=True):
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("model", [sparse, hybrid])
+def test_again_and_with_recomputation_the_same_bits(
+    tiny_corpus: Path, model: Model, recompute: Any
+) -> None:
+    config = on(model(tiny_corpus), layout(context=2, expert=2))
+    again = replace(config, train=replace(config.train, recompute=recompute))
+    first, second = (
+        run_distributed(train_rank, 2, run, timeout=300.0)[0] for run in (config, again)
+    )
+    for ours, theirs in zip(first, second, strict=True):
         assert ours.keys() == theirs.keys()
-        assert ours["loss"] == theirs["loss"]
+        for name in (*LOSSES, *(name for name in INDEXING if name in theirs)):
+            assert ours[name] == theirs[name], name
         for name, value in theirs["parameters"].items():
             assert np.array_equal(ours["parameters"][name], value), name
