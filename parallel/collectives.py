@@ -222,20 +222,35 @@ class _ReduceScatter(torch.autograd.Function):
 
 
 def _all_gather(x: Tensor, group: dist.ProcessGroup, axis: Axis) -> Tensor:
-    # Collectives join dim 0, so the batch goes behind the tokens and back.
-    rows = x.transpose(0, 1).contiguous()
-    gathered = rows.new_empty((group.size() * rows.shape[0], *rows.shape[1:]))
-    count_sent(axis, gather_bytes(gathered.nbytes, group.size()))
-    dist.all_gather_single(gathered, rows, group=group)
-    return gathered.transpose(0, 1).contiguous()
+    def gather(result: Tensor, rows: Tensor) -> None:
+        count_sent(axis, gather_bytes(result.nbytes, group.size()))
+        dist.all_gather_single(result, rows, group=group)
+
+    return _along_dim1(gather, x, x.shape[1] * group.size())
 
 
 def _reduce_scatter(x: Tensor, group: dist.ProcessGroup, axis: Axis) -> Tensor:
+    def scatter(result: Tensor, rows: Tensor) -> None:
+        count_sent(axis, gather_bytes(rows.nbytes, group.size()))
+        dist.reduce_scatter_single(result, rows, group=group)
+
+    return _along_dim1(scatter, x, x.shape[1] // group.size())
+
+
+def _along_dim1(collective: Callable[[Tensor, Tensor], None], x: Tensor, size: int) -> Tensor:
+    """What a collective along dim 0 makes of x along dim 1; `size` is that of the result there.
+
+    The result is no view, of which FSDP2 warns where a pipeline's stage returns it.
+    """
     rows = x.transpose(0, 1).contiguous()
-    piece = rows.new_empty((rows.shape[0] // group.size(), *rows.shape[1:]))
-    count_sent(axis, gather_bytes(rows.nbytes, group.size()))
-    dist.reduce_scatter_single(piece, rows, group=group)
-    return piece.transpose(0, 1).contiguous()
+    result = x.new_empty((x.shape[0], size, *x.shape[2:]))
+    moved = result.transpose(0, 1)
+    if moved.is_contiguous():  # a batch of one sequence
+        collective(moved, rows)
+        return result
+    received = torch.empty_like(moved, memory_format=torch.contiguous_format)
+    collective(received, rows)
+    return result.copy_(received.transpose(0, 1))
 
 
 def gather_ranks(

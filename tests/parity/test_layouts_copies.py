@@ -17,6 +17,7 @@ from data.loader import build_loader
 from parallel.backend.cpu import CpuBackend
 from parallel.layout import ParallelLayout
 from tests.harness import run_distributed
+from tests.parity import test_layouts_pipeline
 from tests.parity.test_layouts import ADAMW, MUON, STEPS, recipe, whole
 from train.build import Training, build
 from train.checkpoint.state import Progress, restore, save
@@ -180,6 +181,23 @@ def test_bf16_with_copies_stays_close(tiny_corpus: Path, case: Case) -> None:
     for other in found[1:]:
         for name, value in found[0]["parameters"].items():
             assert np.array_equal(other["parameters"][name], value), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "keys",
+    [{"expert_sharding": "replicate"}, {"tensor_parallel_size": 2, "expert_parallel_size": 2}],
+    ids=str,
+)
+def test_stages_have_copies_and_owners_of_their_own(
+    tiny_corpus: Path, keys: dict[str, Any]
+) -> None:
+    config = test_layouts_pipeline.stack(tiny_corpus, "mhc", optim=MUON)
+    config = replace(config, train=replace(config.train, micro_batch_size=1))
+    keys = {"data_replicate_parallel_size": 2, "expert_parallel_size": 1} | keys
+    found = test_layouts_pipeline.run(test_layouts_pipeline.in_pipeline(config, 2, **keys))
+    one_rank = test_layouts_pipeline.reference(tiny_corpus, "mhc", MUON)
+    test_layouts_pipeline.assert_same(found, one_rank)
 
 
 def states(training: Training) -> dict[str, NDArray[np.float64]]:
