@@ -14,14 +14,17 @@ from torch import nn
 
 from parallel.apply import ModelParts, tensor_cuts, units
 from parallel.layout import ParallelLayout
+from parallel.pipeline_order import gathers, passes
+from parallel.pipeline_stages import PipelineStages
 from parallel.volume import AXES, Axis, Sharded, gather_bytes, sum_bytes
+from train.build import DTYPES
 from train.config import RunConfig
-from train.model.traffic import Microbatch, Sent, block_traffic, outer_traffic
+from train.model.streams import empty_handover
+from train.model.traffic import Microbatch, Sent, block_traffic, embedding_traffic, head_traffic
 from train.model.transformer import Transformer
 from train.optim.traffic import update_traffic
 from train.stages import Phase, phases
 
-_ITEMSIZE = {"bf16": 2, "fp32": 4, "fp64": 8}
 _COUNT = 8
 """Bytes of a count."""
 
@@ -58,18 +61,25 @@ def step_volume(
     """
     layout = ParallelLayout.from_config(config.parallel)
     phase = next(phase for phase in phases(config) if step <= phase.last_step)
+    place = layout.coordinates(rank)
+    stages = PipelineStages.from_config(config.parallel, config.model.num_layers)
     with torch.device("meta"):
-        model = Transformer(config.model)
-    if phase.indexer_stage is not None:
+        own = [Transformer(config.model, stages.layers[i]) for i in stages.of_rank(place["pp"])]
+    for model in own if phase.indexer_stage is not None else ():
         model.set_indexer_stage(phase.indexer_stage)
-    of_step = _Step(config, layout, phase, rank)
+    of_step = _Step(config, layout, phase, rank, sum_itemsize)
+    moe_layers = sum(len(model.moe_layers()) for model in own)
+    update = update_traffic(
+        own, config.optim, layout, rank, computed=of_step.itemsize, stored=of_step.stored
+    )
     sent = dict.fromkeys(AXES, 0.0)
     for axis, num_bytes in itertools.chain(
-        of_step.parameters(model.parts()),
-        of_step.tokens(),
-        of_step.experts(routed),
-        of_step.updates(model),
-        of_step.sums(sum_itemsize),
+        *(of_step.parameters(model.parts(), turn) for turn, model in enumerate(own)),
+        *(of_step.tokens(model) for model in own),
+        of_step.experts(moe_layers, routed),
+        of_step.crossings(stages),
+        update,
+        of_step.sums(),
     ):
         sent[axis] += num_bytes
     return sent
@@ -81,6 +91,7 @@ class _Step:
     layout: ParallelLayout
     phase: Phase
     rank: int
+    sum_itemsize: int
 
     @property
     def microbatches(self) -> int:
@@ -90,7 +101,7 @@ class _Step:
     @property
     def itemsize(self) -> int:
         """Bytes of a number in the computation."""
-        return _ITEMSIZE[self.config.train.dtype]
+        return DTYPES[self.config.train.dtype].itemsize
 
     @property
     def stored(self) -> int:
@@ -102,23 +113,34 @@ class _Step:
         """Forward passes of a block and a microbatch."""
         return 2 if self.config.train.recompute == "full" else 1
 
-    def parameters(self, parts: ModelParts) -> Iterator[Sent]:
-        """Gathers of parameters, and sums of the gradients of those that learn."""
+    @property
+    def place(self) -> dict[str, int]:
+        """Of the rank on each axis."""
+        return self.layout.coordinates(self.rank)
+
+    def parameters(self, parts: ModelParts, turn: int) -> Iterator[Sent]:
+        """Gathers of a stage's parameters, and sums of the gradients of those that learn."""
         cuts = tensor_cuts(parts)
         seen: set[nn.Parameter] = set()
         for unit in units(parts, low_precision=self.itemsize < self.stored):
             stays = unit.stays or not self.config.parallel.reshard_after_forward
-            # Once, or for the forward and the backward pass of every microbatch.
-            gathers = 1 if stays else 2 * self.microbatches
+            times = 1 if stays else self.gathers(turn)
             itemsize = self.stored if unit.keeps_dtype else self.itemsize
             axis: Axis = "edp" if unit.are_experts else "dp"
             own = [p for module in unit.modules for p in module.parameters() if p not in seen]
             seen.update(own)
             for p in own:
                 held = self._expert(p) if unit.are_experts else self._dense(p, cuts.get(p))
-                yield axis, gathers * held.gathered(itemsize)
+                yield axis, times * held.gathered(itemsize)
                 if p.requires_grad:
                     yield axis, held.summed(self.stored)
+
+    def gathers(self, turn: int) -> int:
+        """Gathers of what is freed after a forward pass: for each pass, if there is no pipeline."""
+        if self.layout.pipeline == 1:
+            return 2 * self.microbatches
+        order = passes(self.config.parallel, self.place["pp"], self.microbatches)
+        return gathers(order, turn)
 
     def _expert(self, parameter: nn.Parameter) -> Sharded:
         layout, copies = self.layout, self.layout.expert_replicate
@@ -132,13 +154,9 @@ class _Step:
         ranks = layout.data * layout.context * layout.tensor // tensor
         return Sharded(tuple(shape), ranks, layout.data_replicate)
 
-    def tokens(self) -> Iterator[Sent]:
-        """What the ranks that share sequences send each other."""
-        place, parallel, model = (
-            self.layout.coordinates(self.rank),
-            self.config.parallel,
-            self.config.model,
-        )
+    def tokens(self, model: Transformer) -> Iterator[Sent]:
+        """What the ranks that share sequences send each other in a stage."""
+        place, parallel, config = self.place, self.config.parallel, model.config
         batch = Microbatch(
             sequences=self.phase.micro_batch_size,
             length=self.phase.sequence_length,
@@ -149,47 +167,60 @@ class _Step:
             forwards=self.forwards,
         )
         if self.phase.indexer_stage is not None:
-            model = replace(model, indexer=replace(model.indexer, stage=self.phase.indexer_stage))
-        reference = parallel.kernels.cross_entropy in ("auto", "reference")
-        of_blocks = (
-            block_traffic(model, layer, batch)
-            for layer in range(model.num_layers + model.mtp_depth)
-        )
-        outside = outer_traffic(model, batch, reference=reference)
-        for axis, num_bytes in itertools.chain(outside, *of_blocks):
+            indexer = replace(config.indexer, stage=self.phase.indexer_stage)
+            config = replace(config, indexer=indexer)
+        layers = [int(layer) for layer in model.layers]
+        sent = [block_traffic(config, layer, batch) for layer in layers]
+        if model.is_first:
+            sent.append(embedding_traffic(config, batch))
+        if model.is_last:
+            reference = parallel.kernels.cross_entropy in ("auto", "reference")
+            sent.append(head_traffic(config, batch, reference=reference))
+            sent += [
+                block_traffic(config, config.num_layers + i, batch) for i in range(config.mtp_depth)
+            ]
+        for axis, num_bytes in itertools.chain(*sent):
             yield axis, self.microbatches * num_bytes
 
-    def experts(self, routed: RoutedRows | None) -> Iterator[Sent]:
+    def crossings(self, stages: PipelineStages) -> Iterator[Sent]:
+        """Streams that other ranks' stages take, gradients for those before; the largest bias."""
+        if self.layout.pipeline == 1:
+            return
+        tokens = self.phase.sequence_length // self.layout.context // self.layout.tensor
+        dtype = DTYPES[self.config.train.dtype]
+        handed = empty_handover(self.config.model, self.phase.micro_batch_size, tokens, dtype)
+        num_bytes = sum(tensor.nbytes for tensor in handed.tensors())
+        pp, last = self.place["pp"], len(stages.layers) - 1
+        ends = [
+            other
+            for stage in stages.of_rank(pp)
+            for other in (stage - 1, stage + 1)
+            if 0 <= other <= last and stages.rank_of(other) != pp
+        ]
+        yield "pp", float(len(ends) * self.microbatches * num_bytes)
+        if self.config.model.num_moe_layers:
+            yield "pp", sum_bytes(self.sum_itemsize, self.layout.pipeline)
+
+    def experts(self, moe_layers: int, routed: RoutedRows | None) -> Iterator[Sent]:
         """Dispatch of rows and back, the same of their gradients, and the counts of the rows."""
         moe, ranks = self.config.model.moe, self.layout.expert
-        passes = self.config.model.num_moe_layers * self.microbatches
+        through = moe_layers * self.microbatches
         if routed is None:
             tokens = self.phase.micro_batch_size * self.phase.sequence_length
             tokens //= self.layout.context * self.layout.tensor
-            rows = passes * tokens * moe.num_experts_per_token * (ranks - 1) / ranks
+            rows = through * tokens * moe.num_experts_per_token * (ranks - 1) / ranks
             routed = RoutedRows(leaving=rows, arriving=rows)
         rows = (self.forwards + 1) * (routed.leaving + routed.arriving)
         yield "ep", rows * self.config.model.hidden_size * self.itemsize
-        yield "ep", passes * self.forwards * gather_bytes(moe.num_experts * _COUNT, ranks)
+        yield "ep", through * self.forwards * gather_bytes(moe.num_experts * _COUNT, ranks)
 
-    def updates(self, model: Transformer) -> Iterator[Sent]:
-        """What the optimizers send."""
-        yield from update_traffic(
-            model,
-            self.config.optim,
-            self.layout,
-            self.rank,
-            computed=self.itemsize,
-            stored=self.stored,
-        )
-
-    def sums(self, sum_itemsize: int) -> Iterator[Sent]:
+    def sums(self) -> Iterator[Sent]:
         """Small sums over the world: labels, losses, the norm, the load of the experts."""
         model, ranks = self.config.model, self.layout.world_size
         stage = self.phase.indexer_stage or model.indexer.stage
         learns = model.num_indexers > 0 and stage != "dense"
         numbers = 3 + 3 + 2 + 4 * learns
-        yield "world", sum_bytes(numbers * sum_itemsize, ranks)
+        yield "world", sum_bytes(numbers * self.sum_itemsize, ranks)
         counts = self.config.model.num_moe_layers * model.moe.num_experts + (
             model.vision is not None
         )

@@ -1,6 +1,6 @@
 """What the optimizers send in a step; for `train.volume`. AdamW sends nothing."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 
@@ -23,7 +23,7 @@ Work = list[tuple[Job, bool]]
 
 
 def update_traffic(
-    model: Transformer,
+    stages: Sequence[Transformer],
     config: OptimConfig,
     layout: ParallelLayout,
     rank: int,
@@ -34,17 +34,17 @@ def update_traffic(
     """Muon's matrices to their owners and back, and sums over tables.
 
     Args:
-        model: whole, on the meta device.
+        stages: of the rank, whole, on the meta device.
         config: which optimizer updates what.
         layout: the sizes.
         rank: global.
         computed: bytes of a number in Muon's iteration.
         stored: bytes of a number in a gradient.
     """
-    roles, cuts = parameter_roles(model), tensor_cuts(model.parts())
     dense, experts = Work(), Work()
-    for name, parameter in model.named_parameters():
-        role, learns = roles[name], parameter.requires_grad
+    cuts = {p: dim for stage in stages for p, dim in tensor_cuts(stage.parts()).items()}
+    for parameter, role in (pair for stage in stages for pair in _with_roles(stage)):
+        learns = parameter.requires_grad
         if role.kind == "matrix" and config.optimizer == "muon":
             if parameter.ndim == 2:
                 dense += ((job, learns) for job in _dense(parameter, role, cuts, layout))
@@ -57,6 +57,11 @@ def update_traffic(
     yield "dp", float(computed * _to_owners(dense, in_stage, layout.stage_size))
     copy, _ = _copy_and_shard(layout, rank)
     yield "edp", float(computed * _to_owners(experts, copy, layout.expert_replicate))
+
+
+def _with_roles(stage: Transformer) -> Iterator[tuple[nn.Parameter, Role]]:
+    roles = parameter_roles(stage)
+    return ((parameter, roles[name]) for name, parameter in stage.named_parameters())
 
 
 def _dense(
