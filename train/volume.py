@@ -65,8 +65,9 @@ def step_volume(
     stages = PipelineStages.from_config(config.parallel, config.model.num_layers)
     with torch.device("meta"):
         own = [Transformer(config.model, stages.layers[i]) for i in stages.of_rank(place["pp"])]
-    for model in own if phase.indexer_stage is not None else ():
-        model.set_indexer_stage(phase.indexer_stage)
+    if phase.indexer_stage is not None:
+        for model in own:
+            model.set_indexer_stage(phase.indexer_stage)
     of_step = _Step(config, layout, phase, rank, sum_itemsize)
     moe_layers = sum(len(model.moe_layers()) for model in own)
     update = update_traffic(
