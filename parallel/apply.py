@@ -118,6 +118,17 @@ def units(parts: ModelParts, *, low_precision: bool) -> Iterator[Unit]:
     yield Unit([parts.root], stays=True)
 
 
+def tensor_cuts(parts: ModelParts) -> dict[nn.Parameter, int]:
+    """The dim along which tensor parallelism cuts parameters; others stay whole."""
+    kinds = enumerate((parts.column_parallel, parts.row_parallel))
+    return {
+        parameter: dim
+        for dim, modules in kinds
+        for module in modules
+        for parameter in module.parameters(recurse=False)
+    }
+
+
 def apply_parallelism(
     parts: ModelParts,
     layout: ParallelLayout,

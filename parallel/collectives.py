@@ -277,6 +277,17 @@ def sum_over(value: Tensor, group: dist.ProcessGroup | None = None, axis: Axis =
     return total
 
 
+def largest_over(value: Tensor, group: dist.ProcessGroup, axis: Axis) -> Tensor:
+    """The largest of every rank's `value`, without gradient; `value` stays as it is.
+
+    Communication: one all-reduce over `group`.
+    """
+    largest = value.detach().clone()
+    count_sent(axis, sum_bytes(largest.nbytes, group.size()))
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+    return largest
+
+
 def _count_leaving(
     rows: Tensor, send_counts: Sequence[int], group: dist.ProcessGroup, axis: Axis
 ) -> None:

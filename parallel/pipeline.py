@@ -31,6 +31,7 @@ from torch.distributed.pipelining import (
 from parallel.config import PipelineSchedule
 from parallel.pipeline_stages import PipelineStages
 from parallel.torch_compat import accumulate_in_reduce_dtype
+from parallel.traffic import count_sent
 
 Tensors = tuple[Tensor, ...]
 Compute = Callable[[nn.Module, int, Tensors], Tensors | Tensor]
@@ -171,6 +172,7 @@ class Pipeline:
         if index + 1 in self.modules:
             return []
         peer, whole = self.stages.rank_of(index + 1), [tensor.contiguous() for tensor in tensors]
+        count_sent("pp", sum(tensor.nbytes for tensor in whole))
         return [(dist.isend(t, group=self.group, group_dst=peer), t) for t in whole]
 
     def _receive(self, index: int, crossing: Tensors) -> Tensors:
@@ -201,6 +203,14 @@ class _Stage(PipelineStage):
             return result
         return tuple(_crossing(tensor) for tensor in result)
 
+    def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        """What goes to the next stage, as torch asks for it."""
+        return _counted(super().get_fwd_send_ops(fwd_chunk_id))
+
+    def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        """What goes back to the stage before."""
+        return _counted(super().get_bwd_send_ops(bwd_chunk_id))
+
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
         """The gradients of weights alone, of one microbatch; the next may follow at once.
 
@@ -208,6 +218,11 @@ class _Stage(PipelineStage):
         """
         super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
         accumulate_in_reduce_dtype(self.submod)
+
+
+def _counted(sends: list[dist.P2POp]) -> list[dist.P2POp]:
+    count_sent("pp", sum(send.tensor.nbytes for send in sends))
+    return sends
 
 
 def _crossing(x: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ what leaves the rank, a transfer between two ranks what it moves.
 """
 
 import math
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -30,27 +29,26 @@ def sum_bytes(summand: int, ranks: int) -> float:
     return 2 * gather_bytes(summand, ranks)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sharding:
-    """How FSDP2 holds parameters: `copies` times, each cut along dim 0 over `ranks`."""
+@dataclass(frozen=True, slots=True)
+class Sharded:
+    """How FSDP2 holds a parameter: some copies, each cut along dim 0."""
 
+    shape: tuple[int, ...]
+    """As tensor and expert parallelism have cut it."""
     ranks: int
+    """That share a copy."""
     copies: int
-    itemsize: int
-    """Bytes of an element that is gathered."""
-    sum_itemsize: int
-    """Bytes of an element of a gradient that is summed."""
 
-    def bytes(self, shapes: Iterable[Sequence[int]], gathers: int) -> float:
-        """Sent by each rank in an optimizer step: the gathers, and the sum of the gradients.
+    @property
+    def shard(self) -> int:
+        """Elements on a rank, the same on all: late shards are padded."""
+        return math.ceil(self.shape[0] / self.ranks) * math.prod(self.shape[1:])
 
-        Args:
-            shapes: of the parameters, as tensor and expert parallelism have cut them.
-            gathers: how often they are gathered.
-        """
-        # Every rank sends equally much: late shards are padded.
-        shard = sum(math.ceil(shape[0] / self.ranks) * math.prod(shape[1:]) for shape in shapes)
-        whole = shard * self.ranks
-        gathered = gathers * gather_bytes(whole * self.itemsize, self.ranks)
-        summed = gather_bytes(whole * self.sum_itemsize, self.ranks)
-        return gathered + summed + sum_bytes(shard * self.sum_itemsize, self.copies)
+    def gathered(self, itemsize: int) -> float:
+        """Sent by each rank to gather the parameter once."""
+        return gather_bytes(self.ranks * self.shard * itemsize, self.ranks)
+
+    def summed(self, itemsize: int) -> float:
+        """Sent by each rank to sum its gradient once, over the ranks and then over the copies."""
+        shard = self.shard * itemsize
+        return gather_bytes(self.ranks * shard, self.ranks) + sum_bytes(shard, self.copies)

@@ -36,7 +36,8 @@ from train.pipeline_rules import problems
 from train.rank_model import RankModel
 from train.stages import Phase, phases
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+"""By the name that a recipe uses."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,7 @@ class Training:
     @property
     def compute_dtype(self) -> torch.dtype:
         """Type of activations and gathered parameters."""
-        return _DTYPES[self.config.train.dtype]
+        return DTYPES[self.config.train.dtype]
 
     @property
     def loss_dtype(self) -> torch.dtype:
@@ -128,7 +129,7 @@ def build(config: RunConfig) -> Training:
         dict(model.named_parameters()),
         {name: role for stage in model.stages for name, role in parameter_roles(stage).items()},
         config.optim,
-        iteration_dtype=_DTYPES[config.train.dtype],
+        iteration_dtype=DTYPES[config.train.dtype],
         stage=meshes.stage.get_group(),
     )
     return Training(
@@ -201,7 +202,7 @@ def build_stage(
         layout,
         meshes,
         config.parallel,
-        param_dtype=_DTYPES[config.train.dtype],
+        param_dtype=DTYPES[config.train.dtype],
         reduce_dtype=master_dtype,
     )
     model.to_empty(device=device)

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from data.loader import Batch
-from parallel.collectives import sum_over
+from parallel.collectives import largest_over, sum_over
 from parallel.gradients import clip_by_global_norm
 from train.build import Training
 from train.metrics import Record
@@ -193,5 +193,5 @@ def update_router_bias(training: Training) -> Record:
         moe.router.update_bias(counts[moe.place])
         if moe.expert_bias is not None:
             largest = torch.maximum(largest, moe.expert_bias.abs().amax().to(largest))
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=training.meshes.pp.get_group())
+    largest = largest_over(largest, training.meshes.pp.get_group(), "pp")
     return routing_metrics(counts, largest.item() if largest >= 0 else None)

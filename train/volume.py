@@ -6,27 +6,25 @@ the axes, `parallel.volume` for the conventions, and `train.model.traffic` for t
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from parallel.apply import ModelParts, Unit, units
-from parallel.layout import EXPERT_AXES, ParallelLayout
-from parallel.owners import Job, Spread, balance
-from parallel.shards import part_at
-from parallel.volume import AXES, Axis, Sharding, gather_bytes, sum_bytes
+from parallel.apply import ModelParts, tensor_cuts, units
+from parallel.layout import ParallelLayout
+from parallel.pipeline_order import gathers, passes
+from parallel.pipeline_stages import PipelineStages
+from parallel.volume import AXES, Axis, Sharded, gather_bytes, sum_bytes
+from train.build import DTYPES
 from train.config import RunConfig
-from train.model.roles import Role, parameter_roles
-from train.model.traffic import Microbatch, Sent, block_traffic, outer_traffic
+from train.model.streams import empty_handover
+from train.model.traffic import Microbatch, Sent, block_traffic, embedding_traffic, head_traffic
 from train.model.transformer import Transformer
-from train.optim.newton_schulz import flops
-from train.optim.rounds import at_once
-from train.optim.sinkhorn_momentum import NORMALIZATIONS
+from train.optim.traffic import update_traffic
 from train.stages import Phase, phases
 
-_ITEMSIZE = {"bf16": 2, "fp32": 4, "fp64": 8}
 _COUNT = 8
 """Bytes of a count."""
 
@@ -49,7 +47,10 @@ def step_volume(
     routed: RoutedRows | None = None,
     sum_itemsize: int = 8,
 ) -> dict[Axis, float]:
-    """Bytes that a rank sends in an optimizer step, by axis, for a model of which everything learns.
+    """Bytes that a rank sends in an optimizer step, by axis.
+
+    Not for a phase in which only the indexers learn (`dense_warmup`): most of the model gets no
+    gradient then.
 
     Args:
         config: the recipe; its rules hold.
@@ -60,16 +61,26 @@ def step_volume(
     """
     layout = ParallelLayout.from_config(config.parallel)
     phase = next(phase for phase in phases(config) if step <= phase.last_step)
+    place = layout.coordinates(rank)
+    stages = PipelineStages.from_config(config.parallel, config.model.num_layers)
     with torch.device("meta"):
-        model = Transformer(config.model)
-    of_step = _Step(config, layout, phase, rank)
+        own = [Transformer(config.model, stages.layers[i]) for i in stages.of_rank(place["pp"])]
+    if phase.indexer_stage is not None:
+        for model in own:
+            model.set_indexer_stage(phase.indexer_stage)
+    of_step = _Step(config, layout, phase, rank, sum_itemsize)
+    moe_layers = sum(len(model.moe_layers()) for model in own)
+    update = update_traffic(
+        own, config.optim, layout, rank, computed=of_step.itemsize, stored=of_step.stored
+    )
     sent = dict.fromkeys(AXES, 0.0)
     for axis, num_bytes in itertools.chain(
-        of_step.parameters(model.parts()),
-        of_step.tokens(),
-        of_step.experts(routed),
-        of_step.updates(model),
-        of_step.sums(sum_itemsize),
+        *(of_step.parameters(model.parts(), turn) for turn, model in enumerate(own)),
+        *(of_step.tokens(model) for model in own),
+        of_step.experts(moe_layers, routed),
+        of_step.crossings(stages),
+        update,
+        of_step.sums(),
     ):
         sent[axis] += num_bytes
     return sent
@@ -81,6 +92,7 @@ class _Step:
     layout: ParallelLayout
     phase: Phase
     rank: int
+    sum_itemsize: int
 
     @property
     def microbatches(self) -> int:
@@ -90,7 +102,7 @@ class _Step:
     @property
     def itemsize(self) -> int:
         """Bytes of a number in the computation."""
-        return _ITEMSIZE[self.config.train.dtype]
+        return DTYPES[self.config.train.dtype].itemsize
 
     @property
     def stored(self) -> int:
@@ -103,49 +115,49 @@ class _Step:
         return 2 if self.config.train.recompute == "full" else 1
 
     @property
-    def moe_layers(self) -> int:
-        model = self.config.model
-        return model.num_layers - model.num_dense_layers + model.mtp_depth
+    def place(self) -> dict[str, int]:
+        """Of the rank on each axis."""
+        return self.layout.coordinates(self.rank)
 
-    def parameters(self, parts: ModelParts) -> Iterator[Sent]:
-        """Gathers of parameters and sums of gradients."""
-        layout, cuts = self.layout, cut_dims(parts)
-        per_copy = layout.data * layout.context
+    def parameters(self, parts: ModelParts, turn: int) -> Iterator[Sent]:
+        """Gathers of a stage's parameters, and sums of the gradients of those that learn."""
+        cuts = tensor_cuts(parts)
         seen: set[nn.Parameter] = set()
         for unit in units(parts, low_precision=self.itemsize < self.stored):
+            stays = unit.stays or not self.config.parallel.reshard_after_forward
+            times = 1 if stays else self.gathers(turn)
+            itemsize = self.stored if unit.keeps_dtype else self.itemsize
+            axis: Axis = "edp" if unit.are_experts else "dp"
             own = [p for module in unit.modules for p in module.parameters() if p not in seen]
             seen.update(own)
-            itemsize = self.stored if unit.keeps_dtype else self.itemsize
-            if unit.are_experts:
-                copies = layout.expert_replicate
-                ranks = layout.expert_data_parallel_size // copies
-                shapes = [(len(p) // layout.expert, *p.shape[1:]) for p in own]
-                yield (
-                    "edp",
-                    self._sharding(ranks, copies, itemsize).bytes(shapes, self._gathers(unit)),
-                )
-                continue
-            whole = [tuple(p.shape) for p in own if p not in cuts]
-            cut = [_divided(p.shape, cuts[p], layout.tensor) for p in own if p in cuts]
-            for shapes, ranks in ((whole, per_copy * layout.tensor), (cut, per_copy)):
-                sharding = self._sharding(ranks, layout.data_replicate, itemsize)
-                yield "dp", sharding.bytes(shapes, self._gathers(unit))
+            for p in own:
+                held = self._expert(p) if unit.are_experts else self._dense(p, cuts.get(p))
+                yield axis, times * held.gathered(itemsize)
+                if p.requires_grad:
+                    yield axis, held.summed(self.stored)
 
-    def _sharding(self, ranks: int, copies: int, itemsize: int) -> Sharding:
-        return Sharding(ranks=ranks, copies=copies, itemsize=itemsize, sum_itemsize=self.stored)
+    def gathers(self, turn: int) -> int:
+        """Gathers of what is freed after a forward pass: for each pass, if there is no pipeline."""
+        if self.layout.pipeline == 1:
+            return 2 * self.microbatches
+        order = passes(self.config.parallel, self.place["pp"], self.microbatches)
+        return gathers(order, turn)
 
-    def _gathers(self, unit: Unit) -> int:
-        """Gathers in a step: once, or for the forward and the backward pass of every microbatch."""
-        stays = unit.stays or not self.config.parallel.reshard_after_forward
-        return 1 if stays else 2 * self.microbatches
+    def _expert(self, parameter: nn.Parameter) -> Sharded:
+        layout, copies = self.layout, self.layout.expert_replicate
+        shape = (len(parameter) // layout.expert, *parameter.shape[1:])
+        return Sharded(shape, layout.expert_data_parallel_size // copies, copies)
 
-    def tokens(self) -> Iterator[Sent]:
-        """What the ranks that share sequences send each other."""
-        place, parallel, model = (
-            self.layout.coordinates(self.rank),
-            self.config.parallel,
-            self.config.model,
-        )
+    def _dense(self, parameter: nn.Parameter, cut: int | None) -> Sharded:
+        layout = self.layout
+        tensor = 1 if cut is None else layout.tensor
+        shape = (size // tensor if dim == cut else size for dim, size in enumerate(parameter.shape))
+        ranks = layout.data * layout.context * layout.tensor // tensor
+        return Sharded(tuple(shape), ranks, layout.data_replicate)
+
+    def tokens(self, model: Transformer) -> Iterator[Sent]:
+        """What the ranks that share sequences send each other in a stage."""
+        place, parallel, config = self.place, self.config.parallel, model.config
         batch = Microbatch(
             sequences=self.phase.micro_batch_size,
             length=self.phase.sequence_length,
@@ -156,118 +168,61 @@ class _Step:
             forwards=self.forwards,
         )
         if self.phase.indexer_stage is not None:
-            model = replace(model, indexer=replace(model.indexer, stage=self.phase.indexer_stage))
-        reference = parallel.kernels.cross_entropy in ("auto", "reference")
-        of_blocks = (
-            block_traffic(model, layer, batch)
-            for layer in range(model.num_layers + model.mtp_depth)
-        )
-        outside = outer_traffic(model, batch, reference=reference)
-        for axis, num_bytes in itertools.chain(outside, *of_blocks):
+            indexer = replace(config.indexer, stage=self.phase.indexer_stage)
+            config = replace(config, indexer=indexer)
+        layers = [int(layer) for layer in model.layers]
+        sent = [block_traffic(config, layer, batch) for layer in layers]
+        if model.is_first:
+            sent.append(embedding_traffic(config, batch))
+        if model.is_last:
+            reference = parallel.kernels.cross_entropy in ("auto", "reference")
+            sent.append(head_traffic(config, batch, reference=reference))
+            sent += [
+                block_traffic(config, config.num_layers + i, batch) for i in range(config.mtp_depth)
+            ]
+        for axis, num_bytes in itertools.chain(*sent):
             yield axis, self.microbatches * num_bytes
 
-    def experts(self, routed: RoutedRows | None) -> Iterator[Sent]:
+    def crossings(self, stages: PipelineStages) -> Iterator[Sent]:
+        """Streams that other ranks' stages take, gradients for those before; the largest bias."""
+        if self.layout.pipeline == 1:
+            return
+        tokens = self.phase.sequence_length // self.layout.context // self.layout.tensor
+        dtype = DTYPES[self.config.train.dtype]
+        handed = empty_handover(self.config.model, self.phase.micro_batch_size, tokens, dtype)
+        num_bytes = sum(tensor.nbytes for tensor in handed.tensors())
+        pp, last = self.place["pp"], len(stages.layers) - 1
+        ends = [
+            other
+            for stage in stages.of_rank(pp)
+            for other in (stage - 1, stage + 1)
+            if 0 <= other <= last and stages.rank_of(other) != pp
+        ]
+        yield "pp", float(len(ends) * self.microbatches * num_bytes)
+        if self.config.model.num_moe_layers:
+            yield "pp", sum_bytes(self.sum_itemsize, self.layout.pipeline)
+
+    def experts(self, moe_layers: int, routed: RoutedRows | None) -> Iterator[Sent]:
         """Dispatch of rows and back, the same of their gradients, and the counts of the rows."""
         moe, ranks = self.config.model.moe, self.layout.expert
-        passes = self.moe_layers * self.microbatches
+        through = moe_layers * self.microbatches
         if routed is None:
             tokens = self.phase.micro_batch_size * self.phase.sequence_length
             tokens //= self.layout.context * self.layout.tensor
-            rows = passes * tokens * moe.num_experts_per_token * (ranks - 1) / ranks
+            rows = through * tokens * moe.num_experts_per_token * (ranks - 1) / ranks
             routed = RoutedRows(leaving=rows, arriving=rows)
         rows = (self.forwards + 1) * (routed.leaving + routed.arriving)
         yield "ep", rows * self.config.model.hidden_size * self.itemsize
-        yield "ep", passes * self.forwards * gather_bytes(moe.num_experts * _COUNT, ranks)
+        yield "ep", through * self.forwards * gather_bytes(moe.num_experts * _COUNT, ranks)
 
-    def updates(self, model: Transformer) -> Iterator[Sent]:
-        """What the optimizers send: Muon's matrices to their owners and back, sums over tables."""
-        roles, optim = parameter_roles(model), self.config.optim
-        cuts = cut_dims(model.parts())
-        stage, experts = list[Job](), list[Job]()
-        for name, parameter in model.named_parameters():
-            role = roles[name]
-            if role.kind == "matrix" and optim.optimizer == "muon":
-                if parameter.ndim == 2:
-                    stage += self._matrices(parameter, role, cuts.get(parameter))
-                else:
-                    experts += self._expert_matrices(parameter, role)
-            elif role.kind in optim.tables and optim.table_optimizer == "sinkhorn":
-                numbers = NORMALIZATIONS // 2 * parameter.shape[1] + 1
-                yield "dp", sum_bytes(numbers * self.stored, self.layout.stage_size)
-        yield (
-            "dp",
-            self._to_owners(stage, self.rank % self.layout.stage_size, self.layout.stage_size),
-        )
-        if (copies := self.layout.expert_replicate) > 1:
-            edp = self.layout.coordinates(self.rank, EXPERT_AXES)["edp"]
-            per_copy = self.layout.expert_data_parallel_size // copies
-            yield "edp", self._to_owners(experts, edp // per_copy, copies)
-
-    def _matrices(self, parameter: nn.Parameter, role: Role, cut: int | None) -> list[Job]:
-        """The matrices of a parameter over the ranks of a stage, without owners yet."""
-        layout = self.layout
-        mesh: tuple[int, ...] = (layout.data * layout.context, layout.tensor)
-        cuts: tuple[int | None, ...] = (0, cut)
-        if cut is None:
-            mesh, cuts = (layout.data * layout.context * layout.tensor,), (0,)
-        if layout.data_replicate > 1:
-            mesh, cuts = (layout.data_replicate, *mesh), (None, *cuts)
-        rows, columns = parameter.shape
-        return [Job(1, Spread(some, (rows, columns), mesh, cuts), 0) for some in _stacked(role)]
-
-    def _expert_matrices(self, parameter: nn.Parameter, role: Role) -> list[Job]:
-        """Those of this rank's experts over the copies of them."""
-        layout = self.layout
-        copies, edp = layout.expert_replicate, layout.coordinates(self.rank, EXPERT_AXES)["edp"]
-        per_copy = layout.expert_data_parallel_size // copies
-        own = (len(parameter) // layout.expert,)
-        here = len(part_at((edp % per_copy,), own, (per_copy,), (0,))[0])
-        jobs = []
-        for rows in _stacked(role):
-            spread = Spread(rows, (parameter.shape[1], parameter.shape[2]), (copies,), (None,))
-            share = max(1, min(at_once(spread), -(-here // copies)))
-            counts = [min(share, here - first) for first in range(0, here, share)]
-            jobs += [Job(count, spread, 0) for count in counts]
-        return jobs
-
-    def _to_owners(self, jobs: Sequence[Job], rank: int, ranks: int) -> float:
-        """See `map_whole_matrices`."""
-        owners = balance([job.count * flops(*job.spread.matrix_shape) for job in jobs], ranks)
-        elements = 0
-        for job in (replace(job, owner=owner) for job, owner in zip(jobs, owners, strict=True)):
-            if job.owner == rank:
-                elements += sum(job.size(other) for other in range(ranks) if other != rank)
-            elif job.is_source(rank):
-                elements += job.size(rank)
-        return float(elements * self.itemsize)
-
-    def sums(self, sum_itemsize: int) -> Iterator[Sent]:
+    def sums(self) -> Iterator[Sent]:
         """Small sums over the world: labels, losses, the norm, the load of the experts."""
         model, ranks = self.config.model, self.layout.world_size
         stage = self.phase.indexer_stage or model.indexer.stage
-        learns = model.num_indexers and stage != "dense"
+        learns = model.num_indexers > 0 and stage != "dense"
         numbers = 3 + 3 + 2 + 4 * learns
-        yield "world", sum_bytes(numbers * sum_itemsize, ranks)
-        counts = self.moe_layers * model.moe.num_experts + (model.vision is not None)
+        yield "world", sum_bytes(numbers * self.sum_itemsize, ranks)
+        counts = self.config.model.num_moe_layers * model.moe.num_experts + (
+            model.vision is not None
+        )
         yield "world", sum_bytes(counts * _COUNT, ranks)
-
-
-def cut_dims(parts: ModelParts) -> dict[nn.Parameter, int]:
-    """The dim along which tensor parallelism cuts parameters."""
-    kinds = enumerate((parts.column_parallel, parts.row_parallel))
-    return {
-        parameter: dim
-        for dim, modules in kinds
-        for module in modules
-        for parameter in module.parameters(recurse=False)
-    }
-
-
-def _divided(shape: Sequence[int], dim: int, ranks: int) -> tuple[int, ...]:
-    return tuple(size // ranks if d == dim else size for d, size in enumerate(shape))
-
-
-def _stacked(role: Role) -> Iterator[range]:
-    """Rows of each of the matrices that are one parameter."""
-    for end, height in zip(itertools.accumulate(role.rows), role.rows, strict=True):
-        yield range(end - height, end)

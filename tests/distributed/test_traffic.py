@@ -26,7 +26,6 @@ from train.model.moe.config import MoeConfig
 from train.step import train_step
 from train.volume import RoutedRows, step_volume
 
-SEQUENCES = 4
 ADAMW = OptimConfig(warmup_steps=0)
 MUON = OptimConfig(warmup_steps=0, optimizer="muon", table_optimizer="sinkhorn")
 
@@ -71,6 +70,8 @@ def recipe(
     parallel: ParallelConfig,
     *,
     optim: OptimConfig = ADAMW,
+    sequences: int = 4,
+    layers: int = 3,
     micro: int = 1,
     dtype: str = "bf16",
     recompute: str = "none",
@@ -81,13 +82,13 @@ def recipe(
         model=ModelConfig(
             vocab_size=512,
             hidden_size=32,
-            num_layers=3,
+            num_layers=layers,
             intermediate_size=64,
             moe=MoeConfig(num_experts=4, expert_intermediate_size=16),
             engram=EngramConfig(rows_per_head=50, head_dim=8),
             mtp_depth=1,
             indexer=IndexerConfig(num_heads=2, head_dim=16, top_k=6),
-            compressed=CompressedConfig(compress_ratios=(4, 16, 0, 4)),
+            compressed=CompressedConfig(compress_ratios=(4, 16, 0, 4, 4)),
             **model,
         ),
         parallel=parallel,
@@ -99,7 +100,7 @@ def recipe(
         optim=optim,
         train=TrainConfig(
             steps=2,
-            global_batch_size=SEQUENCES,
+            global_batch_size=sequences,
             micro_batch_size=micro,
             dtype=dtype,  # type: ignore[arg-type]
             recompute=recompute,  # type: ignore[arg-type]
@@ -133,7 +134,7 @@ def observe_step(config: RunConfig) -> Seen:
         config.data,
         split="train",
         seed=0,
-        global_batch_size=SEQUENCES,
+        global_batch_size=config.train.global_batch_size,
         data_rank=training.data_rank,
         data_size=training.data_size,
     )
@@ -214,6 +215,7 @@ TWO: dict[str, dict[str, Any]] = {
         "recompute": "full",
         "micro": 2,
     },
+    "pp2": {"parallel": ParallelConfig(pipeline_parallel_size=2), "optim": MUON},
 }
 
 
@@ -255,6 +257,47 @@ FOUR: dict[str, dict[str, Any]] = {
             expert_sharding="replicate",
         ),
         "optim": MUON,
+    },
+    "pp2 dp2 1f1b": {
+        "parallel": ParallelConfig(
+            pipeline_parallel_size=2, data_parallel_size=2, pipeline_layers=(2, 1)
+        ),
+        "sequences": 12,
+        "residual": "mhc_single_pass",
+    },
+    "pp2 dp2 ep2 interleaved": {
+        "parallel": ParallelConfig(
+            pipeline_parallel_size=2,
+            data_parallel_size=2,
+            expert_parallel_size=2,
+            pipeline_schedule="interleaved_1f1b",
+            pipeline_stages_per_rank=2,
+        ),
+        "sequences": 8,
+        "layers": 4,
+    },
+    "pp2 dp2 breadth first": {
+        "parallel": ParallelConfig(
+            pipeline_parallel_size=2,
+            data_parallel_size=2,
+            pipeline_schedule="looped_bfs",
+            pipeline_stages_per_rank=2,
+        ),
+        "sequences": 6,
+        "layers": 4,
+        "optim": MUON,
+    },
+    "pp2 tp2 ep2 zero bubbles": {
+        "parallel": ParallelConfig(
+            pipeline_parallel_size=2,
+            tensor_parallel_size=2,
+            expert_parallel_size=2,
+            pipeline_schedule="zbv",
+            pipeline_stages_per_rank=2,
+            reshard_after_forward=False,
+        ),
+        "layers": 4,
+        "attention": "dsa",
     },
     "copies 2, tp2": {
         "parallel": ParallelConfig(data_replicate_parallel_size=2, tensor_parallel_size=2),

@@ -116,8 +116,13 @@ def block_traffic(config: ModelConfig, layer: int, batch: Microbatch) -> Iterato
         yield batch.axis, batch.forwards * sum_bytes(counts, batch.ranks)
 
 
-def outer_traffic(config: ModelConfig, batch: Microbatch, *, reference: bool) -> Iterator[Sent]:
-    """Embedding, head and loss, of the main model and of MTP.
+def embedding_traffic(config: ModelConfig, batch: Microbatch) -> Iterator[Sent]:
+    """The embedding, of the tokens and of those that MTP is told."""
+    yield batch.gathered_queries((1 + config.mtp_depth) * config.hidden_size, 2)
+
+
+def head_traffic(config: ModelConfig, batch: Microbatch, *, reference: bool) -> Iterator[Sent]:
+    """Head and loss, of the main model and of MTP.
 
     Args:
         config: the model.
@@ -125,7 +130,7 @@ def outer_traffic(config: ModelConfig, batch: Microbatch, *, reference: bool) ->
         reference: whether the loss is our own kernel, not one of megatron-core.
     """
     for _ in range(1 + config.mtp_depth):
-        yield batch.gathered_queries(2 * config.hidden_size, 2)
+        yield batch.gathered_queries(config.hidden_size, 2)
         tokens = batch.sequences * batch.queries
         if reference:
             yield "tp", gather_bytes(tokens * batch.wide * batch.tp[1], batch.tp[1])
