@@ -222,20 +222,35 @@ class _ReduceScatter(torch.autograd.Function):
 
 
 def _all_gather(x: Tensor, group: dist.ProcessGroup, axis: Axis) -> Tensor:
-    # Collectives join dim 0, so the batch goes behind the tokens and back.
-    rows = x.transpose(0, 1).contiguous()
-    gathered = rows.new_empty((group.size() * rows.shape[0], *rows.shape[1:]))
-    count_sent(axis, gather_bytes(gathered.nbytes, group.size()))
-    dist.all_gather_single(gathered, rows, group=group)
-    return gathered.transpose(0, 1).contiguous()
+    whole = x.new_empty((len(x), group.size() * x.shape[1], *x.shape[2:]))
+    count_sent(axis, gather_bytes(whole.nbytes, group.size()))
+    gathered = _tokens_first(whole)
+    dist.all_gather_single(gathered, x.transpose(0, 1).contiguous(), group=group)
+    return _batch_first(gathered, whole)
 
 
 def _reduce_scatter(x: Tensor, group: dist.ProcessGroup, axis: Axis) -> Tensor:
-    rows = x.transpose(0, 1).contiguous()
-    piece = rows.new_empty((rows.shape[0] // group.size(), *rows.shape[1:]))
-    count_sent(axis, gather_bytes(rows.nbytes, group.size()))
-    dist.reduce_scatter_single(piece, rows, group=group)
-    return piece.transpose(0, 1).contiguous()
+    piece = x.new_empty((len(x), x.shape[1] // group.size(), *x.shape[2:]))
+    count_sent(axis, gather_bytes(x.nbytes, group.size()))
+    scattered = _tokens_first(piece)
+    dist.reduce_scatter_single(scattered, x.transpose(0, 1).contiguous(), group=group)
+    return _batch_first(scattered, piece)
+
+
+def _tokens_first(result: Tensor) -> Tensor:
+    """What a collective writes: they join dim 0, so the batch goes behind the tokens and back.
+
+    One sequence needs no copy. `result` itself is returned to the model then, not a view of it: of
+    views that leave a module FSDP2 warns.
+    """
+    rows = result.transpose(0, 1)
+    return (
+        rows if len(result) == 1 else torch.empty_like(rows, memory_format=torch.contiguous_format)
+    )
+
+
+def _batch_first(rows: Tensor, result: Tensor) -> Tensor:
+    return result if len(result) == 1 else result.copy_(rows.transpose(0, 1))
 
 
 def gather_ranks(
