@@ -71,7 +71,7 @@ def recipe(
     *,
     optim: OptimConfig = ADAMW,
     sequences: int = 4,
-    layers: int = 3,
+    layers: int = 2,
     micro: int = 1,
     dtype: str = "bf16",
     recompute: str = "none",
@@ -199,6 +199,15 @@ def joined(groups: dict[Axis, set[str]]) -> list[tuple[set[Axis], set[str]]]:
 
 TWO: dict[str, dict[str, Any]] = {
     "dp2 ep2": {"parallel": ParallelConfig(data_parallel_size=2, expert_parallel_size=2)},
+    "cp2": {
+        "parallel": ParallelConfig(context_parallel_size=2),
+        "recompute": "full",
+        "sequences": 1,
+    },
+    "tp2": {"parallel": ParallelConfig(tensor_parallel_size=2), "sequences": 1, "dtype": "fp64"},
+    "pp2": {"parallel": ParallelConfig(pipeline_parallel_size=2), "sequences": 2},
+}
+TWO_MORE: dict[str, dict[str, Any]] = {
     "dp2 recomputed, kept, muon": {
         "parallel": ParallelConfig(data_parallel_size=2, reshard_after_forward=False),
         "recompute": "full",
@@ -215,15 +224,7 @@ TWO: dict[str, dict[str, Any]] = {
         "recompute": "full",
         "micro": 2,
     },
-    "pp2": {"parallel": ParallelConfig(pipeline_parallel_size=2), "optim": MUON},
 }
-
-
-def test_two_ranks_send_what_is_counted_and_predicted(tiny_corpus: Path) -> None:
-    configs = [recipe(tiny_corpus, **case) for case in TWO.values()]
-    seen = run_distributed(observe, 2, configs)
-    for index, config in enumerate(configs):
-        check(config, [of_rank[index] for of_rank in seen])
 
 
 FOUR: dict[str, dict[str, Any]] = {
@@ -263,6 +264,7 @@ FOUR: dict[str, dict[str, Any]] = {
             pipeline_parallel_size=2, data_parallel_size=2, pipeline_layers=(2, 1)
         ),
         "sequences": 12,
+        "layers": 3,
         "residual": "mhc_single_pass",
     },
     "pp2 dp2 ep2 interleaved": {
@@ -308,9 +310,20 @@ FOUR: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.slow
-def test_four_ranks_send_what_is_counted_and_predicted(tiny_corpus: Path) -> None:
-    configs = [recipe(tiny_corpus, **case) for case in FOUR.values()]
-    seen = run_distributed(observe, 4, configs, timeout=300.0)
+def compare(corpus: Path, ranks: int, cases: dict[str, dict[str, Any]]) -> None:
+    configs = [recipe(corpus, **case) for case in cases.values()]
+    seen = run_distributed(observe, ranks, configs, timeout=300.0)
     for index, config in enumerate(configs):
         check(config, [of_rank[index] for of_rank in seen])
+
+
+def test_two_ranks_send_what_is_counted_and_predicted(tiny_corpus: Path) -> None:
+    compare(tiny_corpus, 2, TWO)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "cases"), [(2, TWO_MORE), (4, FOUR)], ids=["two", "four"])
+def test_more_layouts_send_what_is_counted_and_predicted(
+    tiny_corpus: Path, ranks: int, cases: dict[str, dict[str, Any]]
+) -> None:
+    compare(tiny_corpus, ranks, cases)

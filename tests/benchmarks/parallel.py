@@ -1,0 +1,301 @@
+"""What each axis of parallelism costs on this machine: `mneme bench parallel`.
+
+One rank and layouts of two train the same model (hidden 512, 4 blocks with experts, mHC) on the same
+global batch, each rank a process with one thread. Two ranks share what the machine has for two
+processes, so the ideal of a layout is the summed speed of two independent one-rank runs at the same
+time. Layouts and ideal take turns, and every ratio is between neighbours in time; medians over the
+rounds. The share in communication is the time that a rank's thread spends inside collectives and
+waits, those for the slower rank included.
+
+The bubble of a pipeline is the part of the ranks' time between the first and the last pass in which
+no pass is computed. Beside it stands what the order of the schedule makes of the measured times of
+the passes, if no transfer takes time; with equal stages that is (ranks - 1) / (ranks - 1 + m) for 1F1B.
+"""
+
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from launch.bench import Row
+from tests.benchmarks.of_parallel.rank import Measured, Size, make_corpus
+from tests.benchmarks.of_parallel.schedule import Action, bubble
+
+ROUNDS, WARM_UP = 7, 1
+GLIBC_TUNABLES = ":".join(
+    f"glibc.malloc.{name}={value}"
+    for name, value in (
+        ("hugetlb", 1),
+        ("mmap_threshold", 2**32),
+        ("trim_threshold", 2**33),
+        ("top_pad", 2**26),
+    )
+)
+FORMULA_TOLERANCE = 0.15
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Two ranks that share a batch."""
+
+    name: str
+    parallel: Mapping[str, Any]
+    """Keys of the recipe's `parallel`. Parameters stay gathered within a step."""
+    target: float | None = None
+    """Promised part of the ideal."""
+
+
+def pipeline(schedule: str, stages_per_rank: int) -> dict[str, Any]:
+    """The keys of a pipeline of two ranks."""
+    return {
+        "pipeline_parallel_size": 2,
+        "pipeline_schedule": schedule,
+        "pipeline_stages_per_rank": stages_per_rank,
+    }
+
+
+LAYOUTS = (
+    Layout(name="dp2", parallel={"data_parallel_size": 2}, target=0.8),
+    Layout(
+        name="dp2 ep2", parallel={"data_parallel_size": 2, "expert_parallel_size": 2}, target=0.8
+    ),
+    Layout(name="cp2", parallel={"context_parallel_size": 2}),
+    Layout(name="tp2", parallel={"tensor_parallel_size": 2}, target=0.5),
+    Layout(name="pp2 1f1b", parallel=pipeline("1f1b", 1), target=0.7),
+    Layout(name="pp2 interleaved_1f1b", parallel=pipeline("interleaved_1f1b", 2)),
+    Layout(name="pp2 zbv", parallel=pipeline("zbv", 2)),
+    Layout(name="pp2 dualpipev", parallel=pipeline("dualpipev", 2)),
+)
+
+
+def run() -> list[Row]:
+    """Measure at the promised size."""
+    return measure(Size(), ROUNDS)
+
+
+def measure(size: Size, rounds: int) -> list[Row]:
+    """All rows of one size.
+
+    Args:
+        size: of model and batch.
+        rounds: in each of which every layout trains a step, after one of the ideal.
+    """
+    with ExitStack() as stack:
+        corpus = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        make_corpus(corpus, size.vocabulary)
+        alone = [stack.enter_context(Ranks(size, {}, 1, corpus)) for _ in range(2)]
+        rows, running = list[Row](), list[tuple[Layout, Ranks]]()
+        for layout in LAYOUTS:
+            ranks = stack.enter_context(Ranks(size, layout.parallel, 2, corpus))
+            if ranks.refused is None:
+                running.append((layout, ranks))
+            else:
+                rows.append(Row(case=f"{layout.name}: {ranks.refused}", value=0.0, unit="ranks"))
+        one, ideal = list[float](), list[float]()
+        found: list[list[Turn]] = [[] for _ in running]
+        for turn in range(WARM_UP + rounds):
+            single = alone[0].step()[0].seconds
+            for turns, (_, ranks) in zip(found, running, strict=True):
+                together = step_together(alone)
+                measured = ranks.step()
+                if turn >= WARM_UP:
+                    ideal.append(together)
+                    turns.append(Turn(together, measured))
+            if turn >= WARM_UP:
+                one.append(single)
+    tokens = size.sequences * size.length
+    rows += [
+        Row(case="1 rank: step", value=statistics.median(one), unit="s"),
+        Row(case="1 rank", value=tokens / statistics.median(one), unit="tokens/s"),
+        Row(
+            case="ideal of 2 ranks: two independent runs | 1 rank",
+            value=tokens / statistics.median(ideal),
+            unit="tokens/s",
+            peer=tokens / statistics.median(one),
+            ratio=statistics.median(one) / statistics.median(ideal),
+        ),
+    ]
+    for turns, (layout, _) in zip(found, running, strict=True):
+        rows += layout_rows(layout, turns, tokens)
+        if "pipeline_parallel_size" in layout.parallel:
+            rows += bubble_rows(layout.name, turns)
+    return rows
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A step of a layout, and what came right before."""
+
+    ideal: float
+    """Seconds in which two independent runs train as many tokens together."""
+    ranks: list[Measured]
+
+    @property
+    def seconds(self) -> float:
+        """Of the step."""
+        return max(rank.seconds for rank in self.ranks)
+
+
+def layout_rows(layout: Layout, turns: Sequence[Turn], tokens: int) -> list[Row]:
+    """Speed beside the ideal, and the share in communication."""
+    seconds = statistics.median(turn.seconds for turn in turns)
+    ideal = statistics.median(turn.ideal for turn in turns)
+    ratio = statistics.median(turn.ideal / turn.seconds for turn in turns)
+    share = statistics.median(
+        sum(rank.waited for rank in turn.ranks) / sum(rank.seconds for rank in turn.ranks)
+        for turn in turns
+    )
+    promise = "; target of the ratio" if layout.target else ""
+    return [
+        Row(case=f"{layout.name}: step", value=seconds, unit="s"),
+        Row(
+            case=f"{layout.name} | ideal{promise}",
+            value=tokens / seconds,
+            unit="tokens/s",
+            peer=tokens / ideal,
+            ratio=ratio,
+            target=layout.target,
+            met=ratio >= layout.target if layout.target else None,
+        ),
+        Row(case=f"{layout.name}: in communication", value=share, unit="of a step"),
+    ]
+
+
+def bubble_rows(name: str, turns: Sequence[Turn]) -> list[Row]:
+    """The measured bubble beside that of the schedule."""
+    pairs = [(measured_bubble(turn.ranks), predicted_bubble(turn.ranks)) for turn in turns]
+    ratio = statistics.median(measured / predicted for measured, predicted in pairs)
+    return [
+        Row(
+            case=f"{name}: bubble | that of its order; target of the ratio's distance from 1",
+            value=statistics.median(measured for measured, _ in pairs),
+            unit="of a rank's time",
+            peer=statistics.median(predicted for _, predicted in pairs),
+            ratio=ratio,
+            target=FORMULA_TOLERANCE,
+            met=abs(ratio - 1.0) <= FORMULA_TOLERANCE,
+        ),
+        Row(
+            case=f"{name}: bubble of its order with equal stages",
+            value=statistics.median(predicted_bubble(turn.ranks, equal=True) for turn in turns),
+            unit="of a rank's time",
+        ),
+    ]
+
+
+def measured_bubble(ranks: Sequence[Measured]) -> float:
+    """From the first pass to the end of the last one, on all ranks."""
+    passes = [one for rank in ranks for one in rank.passes]
+    begin = min(start for *_, start, _ in passes)
+    end = max(start + busy for *_, start, busy in passes)
+    return 1.0 - sum(busy for *_, busy in passes) / (len(ranks) * (end - begin))
+
+
+def predicted_bubble(ranks: Sequence[Measured], *, equal: bool = False) -> float:
+    """That of the order in which the passes ran, with the median time of each kind and stage.
+
+    Args:
+        ranks: of one step.
+        equal: every pass of a kind takes the mean time of all stages instead.
+    """
+    passes = [one for rank in ranks for one in rank.passes]
+    times: dict[tuple[str, int], list[float]] = {}
+    for kind, stage, _, _, busy in passes:
+        times.setdefault((kind, stage), []).append(busy)
+    seconds = {key: statistics.median(values) for key, values in times.items()}
+    if equal:
+        seconds = {
+            key: statistics.mean(seconds[k, s] for k, s in seconds if k == key[0])
+            for key in seconds
+        }
+    orders = [
+        [Action(kind, stage, number) for kind, stage, number, _, _ in rank.passes] for rank in ranks
+    ]
+    return bubble(orders, seconds, stages=1 + max(stage for _, stage in seconds))
+
+
+class Ranks:
+    """The running processes of a layout. A context manager."""
+
+    def __init__(
+        self, size: Size, parallel: Mapping[str, Any], world_size: int, corpus: Path
+    ) -> None:
+        keys = {"reshard_after_forward": False, **parallel}
+        request = {"size": asdict(size), "parallel": keys, "corpus": str(corpus)}
+        environment = os.environ | {
+            "GLIBC_TUNABLES": GLIBC_TUNABLES,
+            "OMP_NUM_THREADS": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+            "WORLD_SIZE": str(world_size),
+        }
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, "-m", "tests.benchmarks.of_parallel.rank", json.dumps(request)],
+                env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(world_size)
+        ]
+        answers = [self._answer(process) for process in self.processes]
+        self.refused: str | None = answers[0]["refused"]
+
+    def begin_step(self) -> None:
+        """Let all ranks start."""
+        for process in self.processes:
+            assert process.stdin is not None
+            process.stdin.write("step\n")
+            process.stdin.flush()
+
+    def end_step(self) -> list[Measured]:
+        """What the step took on each rank."""
+        return [Measured(**self._answer(process)) for process in self.processes]
+
+    def step(self) -> list[Measured]:
+        """A step of this layout alone."""
+        self.begin_step()
+        return self.end_step()
+
+    @staticmethod
+    def _answer(process: "subprocess.Popen[str]") -> dict[str, Any]:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"a rank ended with {process.wait()}; its error is above")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def __enter__(self) -> "Ranks":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for process in self.processes:
+            if error[0] is not None:
+                process.kill()
+            process.communicate()
+
+
+def step_together(alone: Sequence[Ranks]) -> float:
+    """Seconds for the tokens of one batch, when two independent runs train one each."""
+    for ranks in alone:
+        ranks.begin_step()
+    speeds = [1.0 / measured.seconds for ranks in alone for measured in ranks.end_step()]
+    return 1.0 / sum(speeds)
+
+
+def free_port() -> int:
+    """A port that nobody listens at."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
