@@ -191,7 +191,7 @@ def test_layouts_that_compute_the_same(
 @pytest.mark.timeout(180)
 def test_layouts_of_all_axes(parity: Callable[..., tuple[int, str]]) -> None:
     words = (
-        *("model.num_layers=4", "train.micro_batch_size=1", "parallel.pipeline_schedule=zbv"),
+        *("model.num_layers=4", "parallel.pipeline_schedule=zbv"),
         *("parallel.pipeline_stages_per_rank=2", "parallel.reshard_after_forward=false"),
     )
     layouts = ("--layout", "pp2,tp2", "--layout", "pp2,cp2,tp2,ep4", "--layout", "dpr2,tp2,ep2")
