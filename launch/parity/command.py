@@ -56,7 +56,7 @@ def parity(
     plan = make_plan(recipe, overrides, layouts, dtype, steps)
     with _workplace() as root:
         runs = _Runs(plan, root)
-        if not runs.has_reference:
+        if not runs.run_reference():
             return 1
         cases = [runs.case(layout) for layout in plan.layouts]
         report = Report.of(plan, runs.reference, cases, runs.noise, time.monotonic() - started)
@@ -66,7 +66,7 @@ def parity(
 
 @contextmanager
 def _workplace() -> Iterator[Path]:
-    """A temporary directory for the runs. If one of them failed, its logs stay."""
+    """A temporary directory for the runs. If one of them failed, the logs stay."""
     root = Path(tempfile.mkdtemp(prefix="mneme-parity-"))
     failed = False
     try:
@@ -75,26 +75,34 @@ def _workplace() -> Iterator[Path]:
     finally:
         for path in root.glob("*/tensors") if failed else [root]:
             shutil.rmtree(path)
+        if failed:
+            print(f"the logs are in {root}", file=sys.stderr)
 
 
 class _Runs:
-    """Runs layouts, each once, and compares them with the reference, which runs first."""
+    """Runs layouts, each once, and compares them with the reference."""
 
     def __init__(self, plan: Plan, root: Path) -> None:
         self._plan, self._root = plan, root
-        self._outcomes: dict[TypedLayout, Outcome | None] = {}
-        self._bounds = FP64_BOUNDS
+        self.reference = root / "one-rank"
         self.noise: Outcome | None = None
         """fp32: what rounding does to one rank."""
+        self._bounds = FP64_BOUNDS
+        self._outcomes: dict[TypedLayout, Outcome | None] = {}
+
+    def run_reference(self) -> bool:
+        """Run what the layouts are compared with; False if that failed."""
+        plan = self._plan
         task = Task(steps=plan.steps, reference=None, data_sizes=plan.data_sizes())
-        self.reference = self._run("one rank", plan.reference, task)
-        self.has_reference = self._failure(self.reference) is None
-        if self.has_reference and plan.noise is not None:
-            run = self._run("one rank, other microbatches", plan.noise, self._comparison())
-            self.has_reference = self._failure(run) is None
-            if self.has_reference:
-                self.noise = compare_runs(self.reference, run, FP64_BOUNDS)
-                self._bounds = fp32_bounds(self.noise)
+        if self._run(self.reference, plan.reference, task) is not None:
+            return False
+        if plan.noise is not None:
+            other = self._root / "one-rank-with-other-microbatches"
+            if self._run(other, plan.noise, self._comparison()) is not None:
+                return False
+            self.noise = compare_runs(self.reference, other, FP64_BOUNDS)
+            self._bounds = fp32_bounds(self.noise)
+        return True
 
     def case(self, layout: TypedLayout) -> Case:
         """A layout, and the axes to blame if it differs."""
@@ -117,25 +125,24 @@ class _Runs:
             config = self._plan.config(layout)
         except RecipeError:
             return None
-        run = self._run(str(layout), config, self._comparison())
-        return compare_runs(self.reference, run, self._bounds, self._failure(run))
+        run_dir = self._root / str(layout).replace(",", "-")
+        failure = self._run(run_dir, config, self._comparison())
+        return compare_runs(self.reference, run_dir, self._bounds, failure)
 
     def _comparison(self) -> Task:
         return Task(steps=self._plan.steps, reference=str(self.reference))
 
-    def _run(self, name: str, config: RunConfig, task: Task) -> Path:
-        """Run ranks to their end; their progress is not part of the answer, so not on stdout."""
-        run_dir = self._root / name.replace(" ", "-").replace(",", "-")
+    def _run(self, run_dir: Path, config: RunConfig, task: Task) -> str | None:
+        """Run ranks to their end; the answer says why they did not reach it.
+
+        Their progress is not part of what the command answers: it goes to stderr.
+        """
         run_dir.mkdir()
         save_resolved(config, run_dir / "recipe.yaml")
         task.save(run_dir)
-        print(f"{name}:", file=sys.stderr)
+        print(f"{run_dir.name}:", file=sys.stderr)
         with redirect_stdout(sys.stderr):
             code = run_ranks(run_dir, config, module="train.parity.run")
         if code == STOPPED_EXIT_CODE:
             raise KeyboardInterrupt
-        return run_dir
-
-    def _failure(self, run_dir: Path) -> str | None:
-        status = read_status(run_dir)
-        return None if status["state"] == "done" else str(status["reason"])
+        return None if code == 0 else str(read_status(run_dir)["reason"])

@@ -11,7 +11,7 @@ Errors are relative, with |x| the L2 norm of all elements of a tensor:
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,28 +100,31 @@ def compare_runs(
         bounds: largest error of each kind.
         failure: why the layout's run did not reach its end; then what is missing is no difference.
     """
-    ours, theirs = (
+    wanted, got = (
         {int(row["step"]): row for row in read_metrics(path)} for path in (reference, run)
     )
-    found = _compared(read_findings(run), {step: row["grad_norm"] for step, row in ours.items()})
+    found = _compared(read_findings(run), {step: row["grad_norm"] for step, row in wanted.items()})
+    [executed] = read_findings(reference)
     errors: list[Error] = []
-    for step in ours:
-        names = _names(read_findings(reference)[0], step)
+    for step in wanted:
 
-        def tensors(kind: str, order: Iterable[str], step: int = step) -> Iterable[Error]:
-            for name in order:
-                value = found.get((step, kind, name), None if failure else math.inf)
-                if value is not None:
-                    yield Error(step=step, kind=kind, name=name, value=value)
+        def tensors(kind: str, step: int = step) -> list[Error]:
+            """Those of the reference, in the order of the forward pass."""
+            missing = None if failure else math.inf
+            names = {f.name: None for f in executed if (f.step, f.kind) == (step, kind)}
+            values = {name: found.get((step, kind, name), missing) for name in names}
+            return [
+                Error(step=step, kind=kind, name=name, value=value)
+                for name, value in values.items()
+                if value is not None
+            ]
 
-        errors += tensors("output", names["output"])
-        if step in theirs:
-            errors += _losses(step, ours[step], theirs[step])
-        errors += tensors("gradient", reversed(names["gradient"]))
-        if step in theirs:
-            value = _relative(theirs[step]["grad_norm"], ours[step]["grad_norm"])
-            errors.append(Error(step=step, kind="gradient norm", name="gradient norm", value=value))
-        errors += tensors("parameter", names["parameter"])
+        losses, norm = [], []
+        if step in got:
+            losses = _losses(step, got[step], wanted[step])
+            norm = [_norm(step, got[step]["grad_norm"], wanted[step]["grad_norm"])]
+        errors += [*tensors("output"), *losses, *reversed(tensors("gradient"))]
+        errors += [*norm, *tensors("parameter")]
     return Outcome(errors=errors, bounds=bounds, failure=failure)
 
 
@@ -134,15 +137,6 @@ def fp32_bounds(noise: Outcome) -> dict[str, float]:
         least = _FP32_BOUND if kind in ("loss", "gradient norm") else 0.0
         bounds[kind] = max(least, NOISE_FACTOR * worst.value)
     return bounds
-
-
-def _names(findings: list[Finding], step: int) -> dict[str, list[str]]:
-    """Tensors of a step in the order of the forward pass, by kind, each once."""
-    names: dict[str, dict[str, None]] = defaultdict(dict)
-    for finding in findings:
-        if finding.step == step:
-            names[finding.kind][finding.name] = None
-    return defaultdict(list, {kind: list(found) for kind, found in names.items()})
 
 
 def _compared(
@@ -165,22 +159,18 @@ def _compared(
     return errors
 
 
-def _losses(step: int, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[Error]:
+def _losses(step: int, got: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[Error]:
     """Of the parts first, as they are computed, then of the whole."""
-    names = sorted((key for key in ours if key.startswith("loss")), reverse=True)
-    return [
-        Error(
-            step=step,
-            kind="loss",
-            name=name,
-            value=_ratio(abs(theirs[name] - ours[name]), abs(ours["loss"])),
-        )
-        for name in names
-    ]
+    errors = []
+    for name in sorted((key for key in wanted if key.startswith("loss")), reverse=True):
+        value = _ratio(abs(got[name] - wanted[name]), abs(wanted["loss"]))
+        errors.append(Error(step=step, kind="loss", name=name, value=value))
+    return errors
 
 
-def _relative(ours: float, theirs: float) -> float:
-    return _ratio(abs(ours - theirs), abs(theirs))
+def _norm(step: int, got: float, wanted: float) -> Error:
+    value = _ratio(abs(got - wanted), abs(wanted))
+    return Error(step=step, kind="gradient norm", name="gradient norm", value=value)
 
 
 def _ratio(difference: float, size: float) -> float:

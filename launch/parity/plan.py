@@ -32,6 +32,8 @@ class Plan:
     noise: RunConfig | None
     """fp32: the same with another number of microbatches."""
     steps: int
+    notes: list[str]
+    """What is not as the recipe says."""
 
     def config(self, layout: TypedLayout) -> RunConfig:
         """The recipe on a layout.
@@ -81,8 +83,13 @@ def make_plan(
     if problems := problems or obstacles(reference):
         raise RecipeError(problems)
     common.append(f"train.dtype={_choose_dtype(dtype, reference.parallel.backend)}")
-    if reference.optim.eps < _SMALLEST_EPS and not any("optim.eps" in text for text in common):
+    notes, eps = [], reference.optim.eps
+    if eps < _SMALLEST_EPS and not any(text.startswith("optim.eps=") for text in common):
         common.append(f"optim.eps={_SMALLEST_EPS}")
+        notes.append(
+            f"optim.eps={_SMALLEST_EPS:g} in place of {eps:g}, with which an update may be the sign "
+            "of rounding"
+        )
     plan = Plan(
         recipe=recipe,
         overrides=common,
@@ -90,6 +97,7 @@ def make_plan(
         reference=reference,
         noise=None,
         steps=steps,
+        notes=notes,
     )
     reference = plan.config(ONE_RANK)
     noise = None if reference.train.dtype == "fp64" else _noise(plan, reference)

@@ -46,6 +46,7 @@ class Report:
     config: RunConfig
     """Of the reference."""
     steps: int
+    notes: list[str]
     num_tensors: Mapping[str, int]
     """Compared in every step, by kind."""
     cases: list[Case]
@@ -63,6 +64,7 @@ class Report:
             recipe=plan.recipe,
             config=plan.reference,
             steps=plan.steps,
+            notes=plan.notes,
             num_tensors={kind: sum(k == kind for k, _ in tensors) for kind in _PLURAL},
             cases=cases,
             noise=noise,
@@ -107,7 +109,7 @@ def print_table(report: Report) -> None:
         f"{phase.sequence_length} tokens"
     )
     print(", ".join(f"{report.num_tensors[kind]} {word}" for kind, word in _PLURAL.items()))
-    for line in _noise_lines(report.noise):
+    for line in [*report.notes, *_noise_lines(report.noise)]:
         print(line)
     bounds = report.cases[0].outcome.bounds
     head = [
