@@ -18,6 +18,7 @@ from train.model.rules import tensor_parallel_violations, violations
 from train.pipeline_rules import problems as pipeline_problems
 from train.recipe import from_plain, to_plain
 from train.stages import phases, problems
+from train.zero_rules import problems as data_engine_problems
 
 Problems = Iterator[str]
 Rule = Callable[[RunConfig], Problems]
@@ -211,6 +212,10 @@ def _cross_entropy(config: RunConfig) -> Problems:
         )
 
 
+def _data_engine(config: RunConfig) -> Problems:
+    yield from data_engine_problems(config)
+
+
 def _model(config: RunConfig) -> Problems:
     yield from violations(config.model)
 
@@ -350,6 +355,7 @@ _RULES: list[Rule] = [
     _layout,
     _sequences,
     _kernels,
+    _data_engine,
     _model,
     _recompute,
     _stages,

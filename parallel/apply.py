@@ -159,7 +159,7 @@ def apply_parallelism(
     for experts in parts.expert_modules:
         for module in experts.modules():
             cut_parameters(module, meshes.ep, dim=0)
-    _install_kernels(parts, meshes.ep, config)
+    install_kernels(parts, meshes.ep, config)
     if parts.sequence_site is not None:
         parts.sequence_site.split = sequence_split(meshes, config.context_split)
     _shard(parts, meshes, config.reshard_after_forward, param_dtype, reduce_dtype)
@@ -218,7 +218,7 @@ def _share_weights(parts: ModelParts, tp: DeviceMesh) -> None:
         parts.embedding.lookup = VocabularyLookup(tp.get_local_rank())
 
 
-def _install_kernels(parts: ModelParts, ep: DeviceMesh, config: ParallelConfig) -> None:
+def install_kernels(parts: ModelParts, ep: DeviceMesh, config: ParallelConfig) -> None:
     """Give every layer the dispatcher of the recipe, and the experts their products."""
     kernels = choose_kernels(config, ep.device_type)
     for site in parts.dispatch_sites:

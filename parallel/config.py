@@ -11,6 +11,24 @@ PipelineSchedule = Literal[
     "1f1b", "interleaved_1f1b", "looped_bfs", "interleaved_zero_bubble", "zbv", "dualpipev"
 ]
 BackendName = Literal["auto", "cpu", "cuda", "ascend", "cambricon", "dry"]
+Offload = Literal["none", "cpu", "nvme"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ZeroConfig:
+    """What DeepSpeed's ZeRO shards over the ranks, and where it keeps that."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    stage: Literal[1, 2, 3] = 3
+    """Shards the optimizer's states and master weights (1), gradients too (2), parameters too (3)."""
+    offload_optimizer: Offload = "none"
+    """Where states and master weights are kept and updated: on the device, in host memory, or on
+    NVMe (stage 3)."""
+    offload_parameters: Offload = "none"
+    """Where the sharded parameters are kept; stage 3."""
+    nvme_path: str | None = None
+    """Directory on a local NVMe drive for what is kept there; scratch, not a checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,6 +89,10 @@ class ParallelConfig:
     reshard_after_forward: bool = True
     """True frees gathered parameters after the forward pass (ZeRO-3); False keeps them (ZeRO-2).
     Must be false with interleaved_zero_bubble, zbv and dualpipev."""
+    data_engine: Literal["fsdp", "deepspeed"] = "fsdp"
+    """Who shards over the data ranks: FSDP2, or DeepSpeed for one node with little device memory."""
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+    """Of `data_engine: deepspeed`."""
     backend: BackendName = "auto"
     """Device and collectives; the environment variable MNEME_BACKEND overrides."""
     timeout_seconds: float = 600.0

@@ -17,6 +17,7 @@ from parallel.backend.base import Backend
 from parallel.backend.kernels import choose_kernels
 from parallel.backend.select import select_backend
 from parallel.cross_entropy import CrossEntropy
+from parallel.deepspeed_setup import load_deepspeed
 from parallel.initialize import fill_parameters
 from parallel.layout import ParallelLayout
 from parallel.mesh import Meshes, build_mesh
@@ -24,6 +25,7 @@ from parallel.pipeline import Pipeline
 from parallel.pipeline_stages import PipelineStages
 from parallel.torch_compat import find_cpp_compiler
 from train.config import RunConfig
+from train.engine import DataEngine, FullyShardedEngine
 from train.model.config import ModelConfig
 from train.model.engram_hash import compress_vocabulary
 from train.model.initialize import fill_buffers, parameter_init
@@ -31,10 +33,11 @@ from train.model.roles import parameter_roles
 from train.model.rules import tensor_parallel_violations
 from train.model.transformer import Transformer
 from train.optim.build import build_optimizer
-from train.optim.optimizers import Optimizers
 from train.pipeline_rules import problems
 from train.rank_model import RankModel
 from train.stages import Phase, phases
+from train.zero import build_zero
+from train.zero_rules import problems as data_engine_problems
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 """By the name that a recipe uses."""
@@ -51,7 +54,7 @@ class Training:
     model: RankModel
     pipeline: Pipeline | None
     """What runs the stages of the model; None without pipeline parallelism."""
-    optimizer: Optimizers
+    engine: DataEngine
     cross_entropy: CrossEntropy
     data_rank: int
     """This rank's index among the ranks that see different sequences."""
@@ -75,7 +78,7 @@ class Training:
     @property
     def sum_dtype(self) -> torch.dtype:
         """Type of sums over ranks that are reported: fp64 where the device has it."""
-        return torch.float64 if self.backend.capabilities.fp64 else torch.float32
+        return sum_dtype(self.backend)
 
     @property
     def num_lanes(self) -> int:
@@ -95,9 +98,9 @@ def build(config: RunConfig) -> Training:
 
     Raises:
         ValueError: the recipe does not fit the number of ranks that were started, the layout not the
-            model, the model's vocabulary not the corpus, or the model's compiled parts or a kernel
-            not this machine.
-        RuntimeError: a backend or kernel of the recipe cannot be used here.
+            model, the recipe not the data engine, the model's vocabulary not the corpus, or the
+            model's compiled parts or a kernel not this machine.
+        RuntimeError: a backend, kernel or data engine of the recipe cannot be used here.
     """
     if (tokens := vocab_size(config.data)) > config.model.vocab_size:
         raise ValueError(
@@ -113,25 +116,28 @@ def build(config: RunConfig) -> Training:
             f"started; start {layout.world_size}"
         )
     found = [*tensor_parallel_violations(config.model, layout.tensor), *problems(config)]
-    if found:
+    if found := [*found, *data_engine_problems(config)]:
         raise ValueError("\n".join(found))
     device = backend.device(int(os.environ["LOCAL_RANK"]))
     check_compiler(config.model, device)
     kernels = choose_kernels(config.parallel, backend.device_type)  # refuses before the ranks meet
+    if config.parallel.data_engine == "deepspeed":
+        load_deepspeed(backend, config.parallel)  # as well
     backend.set_device(device)
     backend.init_process_group(config.parallel.timeout_seconds)
     backend.manual_seed(config.train.seed)
     torch.use_deterministic_algorithms(config.train.deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     meshes = build_mesh(layout, backend.device_type)
-    model = build_model(config, layout, meshes, device)
-    optimizer = build_optimizer(
-        dict(model.named_parameters()),
-        {name: role for stage in model.stages for name, role in parameter_roles(stage).items()},
-        config.optim,
-        iteration_dtype=DTYPES[config.train.dtype],
-        stage=meshes.stage.get_group(),
-    )
+    engine: DataEngine
+    if config.parallel.data_engine == "deepspeed":
+        whole, engine = build_zero(config, backend, meshes, device)
+        model = RankModel([whole])
+    else:
+        model = build_model(config, layout, meshes, device)
+        engine = fully_sharded_engine(config, model, meshes, sum_dtype(backend))
+    for stage in model.stages:
+        compress_memory_keys(stage, config.data)
     return Training(
         config=config,
         backend=backend,
@@ -139,11 +145,16 @@ def build(config: RunConfig) -> Training:
         meshes=meshes,
         model=model,
         pipeline=build_pipeline(config, meshes, model, device),
-        optimizer=optimizer,
+        engine=engine,
         cross_entropy=kernels.cross_entropy,
         data_rank=layout.data_rank(dist.get_rank()),
         data_size=layout.data_parallel_size,
     )
+
+
+def sum_dtype(backend: Backend) -> torch.dtype:
+    """Type of sums over ranks that are reported: fp64 where the device has it."""
+    return torch.float64 if backend.capabilities.fp64 else torch.float32
 
 
 def check_compiler(model: ModelConfig, device: torch.device) -> None:
@@ -208,8 +219,27 @@ def build_stage(
     model.to_empty(device=device)
     fill_buffers(model)
     fill_parameters(model.named_parameters(), inits, seed=config.train.seed)
-    compress_memory_keys(model, config.data)
     return model
+
+
+def fully_sharded_engine(
+    config: RunConfig, model: RankModel, meshes: Meshes, sum_dtype: torch.dtype
+) -> FullyShardedEngine:
+    """Our optimizers and norm for a model from `build_model`."""
+    optimizers = build_optimizer(
+        dict(model.named_parameters()),
+        {name: role for stage in model.stages for name, role in parameter_roles(stage).items()},
+        config.optim,
+        iteration_dtype=DTYPES[config.train.dtype],
+        stage=meshes.stage.get_group(),
+    )
+    return FullyShardedEngine(
+        model,
+        optimizers,
+        max_grad_norm=config.optim.max_grad_norm,
+        stage_size=meshes.stage.size(),
+        sum_dtype=sum_dtype,
+    )
 
 
 def compress_memory_keys(model: Transformer, config: DataConfig) -> None:

@@ -59,7 +59,7 @@ def train(config: RunConfig, run_dir: Path, stop: StopRequest) -> int:
                 path = save(
                     run_dir,
                     training.model,
-                    training.optimizer,
+                    training.engine,
                     progress,
                     rng_state=training.backend.rng_state(),
                     corpus=corpus,
@@ -77,7 +77,7 @@ def resume(training: Training, run_dir: Path, corpus: str) -> Progress:
     progress = restore(
         run_dir,
         training.model,
-        training.optimizer,
+        training.engine,
         training.data_lanes(),
         rng_state=rng_state,
         corpus=corpus,

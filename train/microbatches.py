@@ -11,7 +11,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from data.loader import Batch
-from parallel.apply import set_gradient_sync
 from parallel.pipeline import Compute, Tensors
 from train.build import Training
 from train.model.mtp import mtp_labels
@@ -68,9 +67,8 @@ def forward_backward(
         return sums
     [model] = training.model.stages
     for index, batch in enumerate(microbatches):
-        set_gradient_sync(model, index == len(microbatches) - 1)
         loss = minimised(token_losses(training, model, batch) / valid)
-        loss.backward()  # type: ignore[no-untyped-call]
+        training.engine.backward(loss, last=index == len(microbatches) - 1)
     return sums
 
 

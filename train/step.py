@@ -15,7 +15,6 @@ from torch import Tensor
 
 from data.loader import Batch
 from parallel.collectives import largest_over, sum_over
-from parallel.gradients import clip_by_global_norm
 from train.build import Training
 from train.metrics import Record
 from train.microbatches import forward_backward, split
@@ -61,12 +60,7 @@ def train_step(
     sums = sum_over(sums)
     if on_gradients is not None:
         on_gradients()
-    gradient_norm = clip_by_global_norm(
-        dict(model.named_parameters()),
-        config.optim.max_grad_norm,
-        stage_size=training.meshes.stage.size(),
-        sum_dtype=training.sum_dtype,
-    ).item()
+    gradient_norm = training.engine.clip_gradients().item()
     loss_main, loss_mtp, loss_balance = sums.tolist()
     indexing = reduce_indexer_sums(training, tokens)
     loss = loss_main + mtp_weight * loss_mtp + loss_balance
@@ -74,9 +68,7 @@ def train_step(
     guard_finite(step, loss=loss, gradient_norm=gradient_norm)
 
     rate = phase.learning_rate or learning_rate(config.optim, step, config.train.steps)
-    training.optimizer.set_learning_rate(rate)
-    training.optimizer.step()
-    training.optimizer.zero_grad()
+    training.engine.step(rate)
     record: Record = {"loss": loss, "loss_main": loss_main}
     if config.model.mtp_depth:
         record["loss_mtp"] = loss_mtp

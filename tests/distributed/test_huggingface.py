@@ -75,8 +75,8 @@ def restore_rank(rank: int, run_dir: Path) -> dict[str, Any]:
         "step": progress.step,
         "states_are_zero": not any(
             whole(value).any()
-            for _, parameter in training.model.named_parameters()
-            for value in training.optimizer.state_of(parameter).values()
+            for name, value in training.engine.state().items()
+            if name.startswith("optim.")
         ),
         "tensors": {name: whole(value) for name, value in training.model.state_dict().items()},
     }

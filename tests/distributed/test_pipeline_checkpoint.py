@@ -61,7 +61,7 @@ def save_to(training: Training, run_dir: Path, progress: Progress) -> None:
     save(
         run_dir,
         training.model,
-        training.optimizer,
+        training.engine,
         progress,
         rng_state=training.backend.rng_state(),
         corpus=fingerprint(training.config.data),

@@ -50,9 +50,9 @@ def step_of(training: Training, number: int) -> float:
 def numbers(training: Training) -> dict[str, NDArray[Any]]:
     """Parameters, buffers, and the optimizer's states."""
     found = {name: whole(value) for name, value in training.model.state_dict().items()}
-    for name, parameter in training.model.named_parameters():
-        for key, value in training.optimizer.state_of(parameter).items():
-            found[f"{key}.{name}"] = whole(value)
+    for name, value in training.engine.state().items():
+        if name.startswith("optim."):
+            found[name] = whole(value)
     return found
 
 
@@ -64,7 +64,7 @@ def save_rank(rank: int, config: RunConfig, run_dir: Path) -> tuple[dict[str, An
     save(
         run_dir,
         training.model,
-        training.optimizer,
+        training.engine,
         Progress(step=1, tokens=0, data_state=lanes),
         rng_state=training.backend.rng_state(),
         corpus="",
@@ -80,7 +80,7 @@ def load_rank(rank: int, config: RunConfig, run_dir: Path) -> tuple[dict[str, An
     progress = restore(
         run_dir,
         training.model,
-        training.optimizer,
+        training.engine,
         ["lane/0"],
         rng_state=training.backend.rng_state(),
         corpus="",

@@ -110,14 +110,13 @@ def start(config: RunConfig) -> tuple[Training, Any]:
 def train_rank(rank: int, config: RunConfig) -> dict[str, Any]:
     """What each step reported; gradients and parameters of the last one."""
     training, batches = start(config)
-    optimizer = training.optimizer
-    forget, gradients = optimizer.zero_grad, dict[str, Any]()
+    update, gradients = training.engine.step, dict[str, Any]()
 
-    def keep() -> None:
+    def keep(learning_rate: float) -> None:
         gradients.update((n, p.grad) for n, p in training.model.named_parameters())
-        forget()
+        update(learning_rate)
 
-    optimizer.zero_grad = keep  # type: ignore[method-assign]
+    training.engine.step = keep  # type: ignore[method-assign]
     records: list[dict[str, Any]] = []
     for step in range(1, STEPS + 1):
         record: dict[str, Any] = dict(train_step(training, next(batches)[0], step))
@@ -203,9 +202,9 @@ def test_stages_have_copies_and_owners_of_their_own(
 def states(training: Training) -> dict[str, NDArray[np.float64]]:
     """Parameters and the states of their optimizers, gathered."""
     found = weights(training)
-    for name, parameter in training.model.named_parameters():
-        for key, value in training.optimizer.state_of(parameter).items():
-            found[f"{key}.{name}"] = whole(value)
+    for name, value in training.engine.state().items():
+        if name.startswith("optim."):
+            found[name] = whole(value)
     return found
 
 
@@ -215,17 +214,17 @@ def save_rank(rank: int, config: RunConfig, run_dir: Path) -> dict[str, NDArray[
     train_step(training, batch, 1)
     progress = Progress(step=1, tokens=0, data_state=lanes)
     rng_state = training.backend.rng_state()
-    model, optimizer = training.model, training.optimizer
-    save(run_dir, model, optimizer, progress, rng_state=rng_state, corpus="", keep_last=1)
+    model, engine = training.model, training.engine
+    save(run_dir, model, engine, progress, rng_state=rng_state, corpus="", keep_last=1)
     return states(training)
 
 
 def load_rank(rank: int, config: RunConfig, run_dir: Path) -> dict[str, NDArray[np.float64]]:
     training, _ = start(config)
-    model, optimizer = training.model, training.optimizer
+    model, engine = training.model, training.engine
     rng_state = training.backend.rng_state()
     lanes = training.data_lanes()
-    progress = restore(run_dir, model, optimizer, lanes, rng_state=rng_state, corpus="")
+    progress = restore(run_dir, model, engine, lanes, rng_state=rng_state, corpus="")
     assert progress is not None
     assert progress.data_state.keys() == set(lanes)
     assert all(progress.data_state.values())

@@ -138,7 +138,7 @@ def save_in_warm_up(rank: int, config: RunConfig, run_dir: Path) -> dict[str, An
     save(
         run_dir,
         training.model,
-        training.optimizer,
+        training.engine,
         progress,
         rng_state=state,
         corpus="",
@@ -153,7 +153,7 @@ def resume_sparse(rank: int, config: RunConfig, run_dir: Path) -> dict[str, Any]
     restore(
         run_dir,
         training.model,
-        training.optimizer,
+        training.engine,
         [f"lane/{rank}"],
         rng_state=training.backend.rng_state(),
         corpus="",

@@ -32,7 +32,7 @@ from train.checkpoint.commit import (
     newest_checkpoint,
     remove_old,
 )
-from train.optim.optimizers import Optimizers
+from train.engine import DataEngine
 from train.rank_model import RankModel
 
 FORMAT_VERSION = 1
@@ -52,7 +52,7 @@ class Progress:
 def save(
     run_dir: Path,
     model: RankModel,
-    optimizer: Optimizers,
+    engine: DataEngine,
     progress: Progress,
     *,
     rng_state: Tensor,
@@ -69,7 +69,8 @@ def save(
     if first:
         begin(run_dir, progress.step)
     dist.barrier()
-    state = _tensors(model, optimizer) | {f"data.{k}": v for k, v in progress.data_state.items()}
+    state: dict[str, Any] = engine.state() | _buffers(model)
+    state |= {f"data.{lane}": position for lane, position in progress.data_state.items()}
     state[f"rng.{dist.get_rank()}"] = rng_state
     save_distributed(state, checkpoint_id=temporary)
     if first:
@@ -119,7 +120,7 @@ def write_meta(
 def restore(
     run_dir: Path,
     model: RankModel,
-    optimizer: Optimizers,
+    engine: DataEngine,
     lanes: Iterable[str],
     *,
     rng_state: Tensor,
@@ -132,8 +133,8 @@ def restore(
 
     Args:
         run_dir: the run.
-        model: its parameters and buffers are overwritten.
-        optimizer: its states are overwritten.
+        model: of the engine; its parameters and buffers are overwritten.
+        engine: the states of its optimizer are overwritten.
         lanes: names of the data lanes that this rank owns.
         rng_state: overwritten with this rank's, if the world has the size that it was saved with.
         corpus: fingerprint of today's corpus.
@@ -151,34 +152,26 @@ def restore(
             f"{path}: checkpoint format {meta['format']}; this version reads {FORMAT_VERSION}"
         )
     if holds_only_weights(path):
-        load(_weights(model), checkpoint_id=path)
+        state = engine.state(only_weights=True) | _buffers(model)
+        load(state, checkpoint_id=path)
+        engine.load_state(state)
         return Progress(step=step, tokens=meta["tokens"], data_state={})
     if meta["corpus"] != corpus:
         raise ValueError(
             f"data.sources: the corpus or tokenizer changed since {path} was saved (fingerprint "
             f"{meta['corpus'][:12]}, now {corpus[:12]}); put the old corpus back, or start a new run"
         )
-    state = _tensors(model, optimizer) | {f"data.{lane}": "" for lane in lanes}
+    state = engine.state() | _buffers(model) | {f"data.{lane}": "" for lane in lanes}
     if meta["world_size"] == dist.get_world_size():
         state[f"rng.{dist.get_rank()}"] = rng_state
     load(state, checkpoint_id=path)
+    engine.load_state(state)
     positions = {k.removeprefix("data."): v for k, v in state.items() if k.startswith("data.")}
     return Progress(step=step, tokens=meta["tokens"], data_state=positions)
 
 
-def _tensors(model: RankModel, optimizer: Optimizers) -> dict[str, Any]:
-    """The live tensors by their global names; DCP loads into them in place."""
-    state = _weights(model)
-    for name, parameter in model.named_parameters():
-        for key, value in optimizer.state_of(parameter).items():
-            state[f"optim.{key}.{name}"] = value
-    return state
-
-
-def _weights(model: RankModel) -> dict[str, Any]:
-    """Parameters and persistent buffers."""
-    named = dict(model.named_parameters())
-    state: dict[str, Any] = {f"model.{name}": parameter for name, parameter in named.items()}
-    persistent = model.state_dict().keys() - named.keys()
+def _buffers(model: RankModel) -> dict[str, Any]:
+    """The live persistent buffers by their global names; DCP loads into them in place."""
+    persistent = model.state_dict().keys()
     buffers = ((name, value) for name, value in model.named_buffers() if name in persistent)
-    return state | {f"buffer.{name}": value for name, value in buffers}
+    return {f"buffer.{name}": value for name, value in buffers}

@@ -43,14 +43,14 @@ def build_optimizer(
     """
     muon: list[str] = []
     tables: list[str] = []
-    adamw: list[str] = []
+    others: list[str] = []
     for name, role in roles.items():
         if role.kind == "matrix" and config.optimizer == "muon":
             muon.append(name)
         elif role.kind in config.tables and config.table_optimizer == "sinkhorn":
             tables.append(name)
         else:
-            adamw.append(name)
+            others.append(name)
     optimizers: list[torch.optim.Optimizer] = []
     if muon:
         optimizers.append(
@@ -75,9 +75,8 @@ def build_optimizer(
                 stage=stage,
             )
         )
-    if adamw:
-        groups = _groups(adamw, parameters, roles, config, weight_decay=config.weight_decay)
-        optimizers.append(_adamw(groups, config))
+    if others:
+        optimizers.append(_with_states(adamw(others, parameters, roles, config)))
     return Optimizers(optimizers)
 
 
@@ -102,16 +101,25 @@ def _groups(
     ]
 
 
-def _adamw(groups: list[ParameterGroup], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW with one fused kernel per tensor and its states in place, in the parameters' type."""
-    optimizer = torch.optim.AdamW(
+def adamw(
+    names: list[str],
+    parameters: Mapping[str, nn.Parameter],
+    roles: Mapping[str, Role],
+    config: OptimConfig,
+) -> torch.optim.AdamW:
+    """AdamW for some parameters, without states, with one fused kernel per tensor."""
+    groups = _groups(names, parameters, roles, config, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(
         groups,
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
         fused=True,
     )
-    # What the first step would make; a checkpoint is loaded into it before that.
+
+
+def _with_states(optimizer: torch.optim.AdamW) -> torch.optim.AdamW:
+    """What the first step would make, in the parameters' type; a checkpoint is loaded into it."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             optimizer.state[parameter] = {
