@@ -382,6 +382,7 @@ def numeric_paths(node: Any, prefix: str = "") -> list[str]:
 
 def test_no_number_of_the_schema_may_be_negative(nano: RunConfig) -> None:
     paths = numeric_paths(nano)
+    paths.remove("parallel__zero__stage")  # a choice of three: the schema refuses all else
     assert len(paths) > 40
     for path in paths:
         [problem] = validate(changed(nano, **{path: -1}))
