@@ -5,7 +5,6 @@ Gradients are of two kinds: of weights that are cut, and of those that every ran
 tokens.
 """
 
-from collections.abc import Mapping
 from dataclasses import fields, replace
 from functools import cache
 from importlib import import_module
@@ -15,13 +14,10 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from torch import Tensor
 
-import train.step
 from data.loader import build_loader
 from parallel.backend.cpu import CpuBackend
 from parallel.config import KernelConfig, ParallelConfig
-from parallel.gradients import clip_by_global_norm
 from tests.harness import run_distributed
 from tests.parity.test_layouts import ADAMW, MUON, recipe, whole
 from tests.parity.test_layouts_hybrid import HYBRID, INDEXER
@@ -70,14 +66,13 @@ def config_of(corpus: Path, model: str, parallel: ParallelConfig, micro: int = 4
 def train_rank(rank: int, config: RunConfig, overloaded: bool) -> list[dict[str, Any]]:
     # The harness has joined the process group already.
     CpuBackend.init_process_group = lambda self, timeout_seconds: None  # type: ignore[method-assign]
+    training = build(config)
     gradients: dict[str, NDArray[np.float64]] = {}
 
-    def look(parameters: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        gradients.update({n: whole(p.grad) for n, p in parameters.items() if p.grad is not None})
-        return clip_by_global_norm(parameters, *args, **kwargs)
+    def look() -> None:
+        named = training.model.named_parameters()
+        gradients.update({name: whole(p.grad) for name, p in named if p.grad is not None})
 
-    vars(train.step)["clip_by_global_norm"] = look
-    training = build(config)
     if overloaded:
         for moe in training.model.moe_layers():
             assert moe.expert_bias is not None
@@ -92,7 +87,7 @@ def train_rank(rank: int, config: RunConfig, overloaded: bool) -> list[dict[str,
     )
     found = []
     for step in range(1, STEPS + 1):
-        record: dict[str, Any] = dict(train_step(training, next(batches)[0], step))
+        record: dict[str, Any] = dict(train_step(training, next(batches)[0], step, look))
         record |= evaluate(training)
         record["gradients"] = dict(gradients)
         named = training.model.named_parameters()
