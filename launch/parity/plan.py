@@ -79,6 +79,11 @@ def make_plan(
             f"--steps {steps}: the recipe has train.steps={reference.train.steps}; use 1 to that, "
             "or raise it"
         )
+    if reference.parallel.data_engine == "deepspeed":
+        problems.append(
+            "parallel.data_engine=deepspeed: keeps gradients to itself, and they are what is compared; "
+            "use parallel.data_engine=fsdp"
+        )
     problems += _layout_problems(recipe, common, parsed)
     if problems := problems or obstacles(reference):
         raise RecipeError(problems)

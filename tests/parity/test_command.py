@@ -293,8 +293,9 @@ def test_fp32_is_bounded_by_its_own_noise(parity: Callable[..., tuple[int, str]]
 def test_everything_that_is_wrong_is_said_before_anything_starts(
     parity: Callable[..., tuple[int, str]], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    wrong = ["--layout", "dp3,ep2", "--layout", "zz2", "parallel.data_parallel_size=2"]
-    code = main(["parity", str(tmp_path / "tiny.yaml"), *wrong, "--steps", "0", "train.dtype=bf16"])
+    layouts = ["--layout", "dp3,ep2", "--layout", "zz2"]
+    wrong = ["parallel.data_parallel_size=2", "train.dtype=bf16", "parallel.data_engine=deepspeed"]
+    code = main(["parity", str(tmp_path / "tiny.yaml"), *layouts, *wrong, "--steps", "0"])
     assert code == 2
     said = capsys.readouterr().err
     for problem in (
@@ -304,6 +305,7 @@ def test_everything_that_is_wrong_is_said_before_anything_starts(
         "parallel.data_parallel_size=2: the layouts say the sizes of axes; use --layout",
         "--steps 0: the recipe has train.steps=80; use 1 to that",
         "train.dtype=bf16: use --dtype, with fp64 or fp32",
+        "parallel.data_engine=deepspeed: keeps gradients to itself",
     ):
         assert problem in said, said
     assert list(tmp_path.glob("mneme-parity-*")) == []

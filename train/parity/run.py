@@ -97,7 +97,9 @@ class _Recorder:
     def gradients(self) -> None:
         """Show all gradients."""
         parameters = self._training.model.named_parameters()
-        self._whole("gradient", {n: p.grad for n, p in parameters if p.grad is not None})
+        found = {name: p.grad for name, p in parameters if p.grad is not None}
+        assert found or self._task.reference is not None, "the reference has no gradients"
+        self._whole("gradient", found)
 
     def parameters(self) -> None:
         """Show all parameters, and the persistent buffers, which the step moves as well."""
