@@ -112,7 +112,7 @@ def on(config: RunConfig, parallel: ParallelConfig) -> RunConfig:
                 (hybrid, layout(tensor=2)),
                 (hybrid, layout(context=2, tensor=2, expert=2)),
                 (images, contiguous(context=2, data=2, expert=2)),
-                (images, layout(context=2, tensor=2)),
+                (images, contiguous(context=2, tensor=2)),
             ]
         ),
     ],
