@@ -26,7 +26,7 @@ test: install
 	$(BIN)/pytest
 
 test-slow: install
-	$(BIN)/pytest -m "slow and not gpu and not npu" --timeout 300
+	$(BIN)/pytest -m "slow and not gpu and not npu" --timeout 300 $(TESTS)
 
 check: install
 	$(BIN)/ruff check .
