@@ -177,11 +177,11 @@ class ParallelLayout:
         return [
             f"parallel.expert_parallel_size={self.expert}: must divide both "
             f"parallel.data_parallel_size*data_replicate*context*tensor={self.stage_size} and "
-            f"model.moe.num_experts={num_experts}; use {_either(legal)}"
+            f"model.moe.num_experts={num_experts}; use {either(legal)}"
         ]
 
 
-def _either(values: list[int]) -> str:
-    """`1`, `1 or 2`, `1, 2 or 4`."""
+def either(values: list[int]) -> str:
+    """Values for a sentence: `1`, `1 or 2`, `1, 2 or 4`."""
     *first, last = map(str, values)
     return f"{', '.join(first)} or {last}" if first else last

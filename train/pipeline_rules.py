@@ -5,7 +5,7 @@
 
 from collections.abc import Iterator
 
-from parallel.layout import ParallelLayout
+from parallel.layout import ParallelLayout, either
 from parallel.pipeline_stages import (
     SPLIT_BACKWARD,
     microbatch_rule,
@@ -52,14 +52,14 @@ def _microbatches(config: RunConfig, phase: Phase) -> str | None:
     micros = [n for n in range(1, batch // data + 1) if batch % (data * n) == 0]
     micros = [n for n in micros if takes(config.parallel, batch // (data * n))]
     batches = [micro * data * n for n in nearest_microbatches(config.parallel, number)]
-    fixes = [f"{place}={_either(micros)}"] if micros else []
+    fixes = [f"{place}={either(micros)}"] if micros else []
     place, size = _place(config, phase, "global_batch_size")
     ramp = config.train.batch_size_ramp
     if ramp and batch < size:
         place, size = "train.batch_size_ramp.start", ramp.start
-        fixes.append(f"a ramp over batches such as {_either(batches)}")
+        fixes.append(f"a ramp over batches such as {either(batches)}")
     else:
-        fixes.append(f"{place}={_either(batches)}")
+        fixes.append(f"{place}={either(batches)}")
     return (
         f"{place}={size}: a batch of {batch} is {number} x {micro} sequences (microbatches x their size) "
         f"on each of parallel.data_parallel_size*data_replicate={data} ranks, and "
@@ -73,8 +73,3 @@ def _place(config: RunConfig, phase: Phase, key: str) -> tuple[str, int]:
     if stages and (own := getattr(stages[phase.stage], key)):
         return f"train.stages[{phase.stage}].{key}", own
     return f"train.{key}", getattr(config.train, key)
-
-
-def _either(values: list[int]) -> str:
-    *first, last = map(str, values)
-    return f"{', '.join(first)} or {last}" if first else last

@@ -6,6 +6,7 @@ One small function a rule; each yields lines `path=value: rule; what to type ins
 import math
 from collections.abc import Callable, Iterator
 
+from parallel.layout import either
 from train.model.attention.config import YarnConfig
 from train.model.config import ModelConfig
 
@@ -35,7 +36,7 @@ def _tensor_parallel(config: ModelConfig, size: int) -> Problems:
         yield (
             f"parallel.tensor_parallel_size={size}: must divide "
             f"{' and '.join(f'{path}={count}' for path, count in counts.items())}; use "
-            f"{_either(legal)}"
+            f"{either(legal)}"
         )
     widths = {"model.vocab_size": config.vocab_size}
     if config.num_dense_layers:
@@ -45,7 +46,7 @@ def _tensor_parallel(config: ModelConfig, size: int) -> Problems:
             below = width - width % size
             yield (
                 f"{path}={width}: must be a multiple of parallel.tensor_parallel_size={size}; use "
-                f"{_either([n for n in (below, below + size) if n])}"
+                f"{either([n for n in (below, below + size) if n])}"
             )
 
 
@@ -265,12 +266,6 @@ _RULES: list[Callable[[ModelConfig], Problems]] = [
     _engram,
     _vision,
 ]
-
-
-def _either(values: list[int]) -> str:
-    """Values for a sentence: `1`, `1 or 2`, `1, 2 or 4`."""
-    *first, last = map(str, values)
-    return f"{', '.join(first)} or {last}" if first else last
 
 
 def _brackets(values: list[int]) -> str:
