@@ -216,6 +216,14 @@ def _data_engine(config: RunConfig) -> Problems:
     yield from data_engine_problems(config)
 
 
+def _engram_tables(config: RunConfig) -> Problems:
+    if config.parallel.engram.storage != "device":
+        yield (
+            f"parallel.engram.storage={config.parallel.engram.storage}: tables in host memory are "
+            "not built yet; use device"
+        )
+
+
 def _model(config: RunConfig) -> Problems:
     yield from violations(config.model)
 
@@ -356,6 +364,7 @@ _RULES: list[Rule] = [
     _sequences,
     _kernels,
     _data_engine,
+    _engram_tables,
     _model,
     _recompute,
     _stages,

@@ -12,6 +12,9 @@ PipelineSchedule = Literal[
 ]
 BackendName = Literal["auto", "cpu", "cuda", "ascend", "cambricon", "dry"]
 Offload = Literal["none", "cpu", "nvme"]
+EngramStorage = Literal["device", "memory", "shared", "mmap"]
+EngramRowDtype = Literal["fp32", "bf16", "fp8"]
+EngramPrefetch = Literal["exact", "off", "stale"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +48,31 @@ class KernelConfig:
     cross_entropy: Literal["auto", "reference", "megatron", "megatron_fused"] = "auto"
     """Loss: ours, which keeps no fp32 logits, or megatron-core's in fp32, as its operations or compiled
     (`megatron_fused`: bf16 and tensor parallelism only)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngramTableConfig:
+    """Where the rows of Engram's memory lie and how they travel."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    storage: EngramStorage = "device"
+    """device: parameters like all others, sharded and gathered with their block; else rows spread
+    over the ranks' host memory and trained there: private memory, memory shared by the ranks of a
+    node, or files mapped into memory."""
+    dtype: EngramRowDtype = "fp32"
+    """Of the rows in host memory: fp32 (fp64 in fp64 runs), bf16 with stochastic rounding, or fp8
+    (e4m3) with stochastic rounding and a scale for each row."""
+    prefetch: EngramPrefetch = "exact"
+    """Rows of the next step travel while this one runs. exact: those that this step changes follow
+    after its update, so nothing is ever out of date; off: all travel when they are needed; stale:
+    all travel early, and miss the last update."""
+    huge_pages: bool = True
+    """Ask for 2 MB pages for private memory: faster, but memory is taken in such pieces."""
+    path: str | None = None
+    """Directory of the files of `mmap`, on a local drive; scratch, not a checkpoint."""
+    timeout_seconds: float = 60.0
+    """An exchange of rows that waits longer fails."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,6 +121,8 @@ class ParallelConfig:
     """Who shards over the data ranks: FSDP2, or DeepSpeed for one node with little device memory."""
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     """Of `data_engine: deepspeed`."""
+    engram: EngramTableConfig = field(default_factory=EngramTableConfig)
+    """Of models with Engram."""
     backend: BackendName = "auto"
     """Device and collectives; the environment variable MNEME_BACKEND overrides."""
     timeout_seconds: float = 600.0
