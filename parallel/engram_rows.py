@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -21,6 +21,8 @@ from parallel.engram_storage import (
     shared_array,
 )
 
+
+@runtime_checkable
 class Marks(Protocol):
     """Is told which rows change, such as what an incremental checkpoint has to save."""
 
