@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil, log
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -44,6 +44,11 @@ class Update(NamedTuple):
 @runtime_checkable
 class RowOptimizer(Protocol):
     """Updates rows where they lie."""
+
+    @property
+    def rows_are_independent(self) -> bool:
+        """Whether the update of a row depends on that row alone, so that rows may come in parts."""
+        ...
 
     def states(self, width: int, master: Master) -> dict[str, tuple[tuple[int, ...], Any]]:
         """Name, shape after the first dim, and type of what is kept for each row; starts as zeros."""
@@ -77,6 +82,8 @@ class LazyAdam:
     beta1: float
     beta2: float
     eps: float
+
+    rows_are_independent: ClassVar[bool] = True
 
     def states(self, width: int, master: Master) -> dict[str, tuple[tuple[int, ...], Any]]:
         """`exp_avg` (m), `exp_avg_sq` (v) and `num_updates` (t)."""
@@ -116,6 +123,8 @@ class RowAdagrad:
     """
 
     eps: float
+
+    rows_are_independent: ClassVar[bool] = True
 
     def states(self, width: int, master: Master) -> dict[str, tuple[tuple[int, ...], Any]]:
         """`sum_of_squares` (s)."""
@@ -160,6 +169,8 @@ class SinkhornMomentum:
 
     momentum: float
     update_rms: float
+
+    rows_are_independent: ClassVar[bool] = False
 
     def states(self, width: int, master: Master) -> dict[str, tuple[tuple[int, ...], Any]]:
         """`momentum_buffer` (M)."""

@@ -16,7 +16,8 @@ from tests import plain_row_optimizers
 from train.optim import sinkhorn_momentum
 
 ADAM = LazyAdam(0.9, 0.99, 1e-8)
-OPTIMIZERS = [ADAM, RowAdagrad(1e-8), SinkhornMomentum(0.9, 0.2)]
+SINKHORN = SinkhornMomentum(0.9, 0.2)
+OPTIMIZERS: list[RowOptimizer] = [ADAM, RowAdagrad(1e-8), SINKHORN]
 WIDTH = 12
 Step = tuple[NDArray[np.int64], NDArray[Any]]
 
@@ -117,7 +118,7 @@ def test_adam_is_torchs_sparse_one_but_for_the_count_of_updates() -> None:
             weight.shape,
             check_invariants=True,
         ).coalesce()
-        sparse.step()
+        sparse.step()  # type: ignore[no-untyped-call]
 
     # These rows have had as many updates as there were steps.
     always = np.array([1, 4, 5, 22])
@@ -175,7 +176,7 @@ def test_adagrad_is_torchs_if_the_columns_are_alike_in_size() -> None:
     [(np.float32, 1e-5), (np.float64, 1e-13)],
 )
 def test_sinkhorn_with_all_rows_is_the_dense_one(master: Master, tolerance: float) -> None:
-    store = new_store(OPTIMIZERS[2], 40, master=master)
+    store = new_store(SINKHORN, 40, master=master)
     weight = nn.Parameter(tensors(store)["rows"])
     groups: list[dict[str, object]] = [{"params": [weight], "learning_rate_multiplier": 1.0}]
     dense = sinkhorn_momentum.SinkhornMomentum(groups, lr=0.01, momentum=0.9, update_rms=0.2)
@@ -194,7 +195,7 @@ def test_sinkhorn_with_all_rows_is_the_dense_one(master: Master, tolerance: floa
 
 
 def test_sinkhorn_keeps_rows_that_are_not_touched() -> None:
-    store = new_store(OPTIMIZERS[2], 10)
+    store = new_store(SINKHORN, 10)
     random = np.random.default_rng(0)
     apply(store, 0, np.arange(10), random.standard_normal((10, WIDTH)).astype(np.float32))
     before = {name: array.copy() for name, array in store.arrays.items()}
@@ -207,7 +208,7 @@ def test_sinkhorn_keeps_rows_that_are_not_touched() -> None:
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e20])
 def test_sinkhorn_does_not_depend_on_the_size_of_gradients(scale: float) -> None:
     gradients = np.random.default_rng(0).standard_normal((9, WIDTH))
-    stores = [new_store(OPTIMIZERS[2], 9) for _ in range(2)]
+    stores = [new_store(SINKHORN, 9) for _ in range(2)]
     apply(stores[0], 0, np.arange(9), gradients.astype(np.float32))
     apply(stores[1], 0, np.arange(9), (gradients * scale).astype(np.float32))
     np.testing.assert_allclose(stores[0].arrays["rows"], stores[1].arrays["rows"], rtol=1e-5)
@@ -271,6 +272,6 @@ def sum_of_threads(ranks: int) -> Callable[[int], Callable[[NDArray[Any]], NDArr
 
 
 def test_sinkhorn_refuses_several_owners_without_a_sum() -> None:
-    store = new_store(OPTIMIZERS[2], 10, ranks=2)
+    store = new_store(SINKHORN, 10, ranks=2)
     with pytest.raises(AssertionError, match="no sum over them"):
         apply(store, 0, np.arange(2), np.ones((2, WIDTH), np.float32))
