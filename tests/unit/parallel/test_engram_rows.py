@@ -82,6 +82,8 @@ def test_rows_of_others_are_refused_by_name(local: list[int], bad: int) -> None:
         update(store, local)
     with pytest.raises(IndexError, match=f"row {bad} of an owner of 50 rows"):
         store.gather(np.array(local), np.empty((2, 8), np.float32))
+    with pytest.raises(IndexError, match=f"row {bad} of an owner of 50 rows"):
+        store.prefault(np.array(local))
     assert not store.arrays["rows"].any()
 
 
