@@ -82,6 +82,7 @@ def restore_rank(rank: int, run_dir: Path) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_a_sharded_run_goes_out_comes_back_and_trains_on(tiny_corpus: Path, tmp_path: Path) -> None:
     config, run = recipe(tiny_corpus), tmp_path / "run"
     run.mkdir()

@@ -133,7 +133,11 @@ def test_ranks_meet_over_gloo_and_leave_logs_and_a_status(launch: Callable[..., 
     assert "step 5/5" in output
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
+@pytest.mark.parametrize(
+    "name",
+    ["SIGTERM", "SIGUSR1"]
+    + [pytest.param(name, marks=pytest.mark.slow) for name in ("SIGINT", "SIGHUP")],
+)
 def test_a_signal_saves_and_the_next_attempt_goes_on(
     launch: Callable[..., Launcher], name: str
 ) -> None:
@@ -245,6 +249,7 @@ def test_a_rank_that_hangs_does_not_hold_up_the_failure_of_another(
     assert launcher.alive() == []
 
 
+@pytest.mark.slow
 def test_children_that_a_finished_rank_left_are_killed(launch: Callable[..., Launcher]) -> None:
     launcher = launch(child=[0])
     assert launcher.finish()[0] == 0
@@ -252,6 +257,7 @@ def test_children_that_a_finished_rank_left_are_killed(launch: Callable[..., Lau
     assert launcher.alive("child-*") == []
 
 
+@pytest.mark.slow
 def test_ranks_die_with_a_launcher_that_is_killed(launch: Callable[..., Launcher]) -> None:
     launcher = launch(steps=10**6)
     launcher.wait_for_steps()
@@ -312,6 +318,7 @@ def test_a_runner_that_cannot_start_the_ranks_is_named(
     assert not list(launcher.run_dir.glob("pid-*"))
 
 
+@pytest.mark.slow
 def test_a_signal_before_the_runner_has_started_the_ranks_is_kept_for_them(
     launch: Callable[..., Launcher],
 ) -> None:
@@ -378,6 +385,7 @@ run_ranks(run_dir, RunConfig(name="toy"), module="tests.distributed.toy_rank")
 """
 
 
+@pytest.mark.slow
 def test_a_killed_study_leaves_nobody(tmp_path: Path) -> None:
     study = tmp_path / "toy.yaml"
     arms = "{with: [], without: [model.engram=null]}"

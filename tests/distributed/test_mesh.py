@@ -76,12 +76,10 @@ def check(rank: int, layout: ParallelLayout) -> None:
     "layout",
     [
         ParallelLayout(),
-        ParallelLayout(data=4, expert=2),
         ParallelLayout(pipeline=2, data=2, expert=2),
         ParallelLayout(data=2, tensor=2, expert=4),
         ParallelLayout(context=2, tensor=2, expert=2),
         ParallelLayout(data_replicate=2, data=2, expert=2),
-        ParallelLayout(data_replicate=2, expert=2),
         ParallelLayout(data=4, expert=2, whole_experts=True),
         ParallelLayout(data_replicate=2, data=2, tensor=2, expert=2),
         ParallelLayout(pipeline=2, data_replicate=2, tensor=2, expert=2, whole_experts=True),

@@ -197,13 +197,13 @@ def check_plan(muon: Muon, bound: int) -> None:
 
 # Some with all matrices at once, some with rounds of a matrix or two.
 CASES = [
-    (ParallelLayout(data=4, expert=2), 1 << 26),
     (ParallelLayout(tensor=3), 150),
     (ParallelLayout(data=2, tensor=2, expert=2), 150),
-    (ParallelLayout(data_replicate=2, tensor=2), 1 << 26),
     (ParallelLayout(data=4, expert=2, whole_experts=True), 150),
 ]
 LARGE = [
+    (ParallelLayout(data=4, expert=2), 1 << 26),
+    (ParallelLayout(data_replicate=2, tensor=2), 1 << 26),
     (ParallelLayout(data_replicate=2, data=2, expert=2), 150),
     (ParallelLayout(data_replicate=2, data=2, tensor=2, expert=2), 150),
     (ParallelLayout(data_replicate=2, data=2, tensor=2, expert=2), 1 << 26),

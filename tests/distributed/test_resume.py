@@ -109,7 +109,7 @@ def assert_same_run(run_dir: Path, reference: Path, scratch: Path) -> None:
         assert same, key
 
 
-@pytest.mark.parametrize("kill_after_step", [1, 5])
+@pytest.mark.parametrize("kill_after_step", [1, pytest.param(5, marks=pytest.mark.slow)])
 def test_kill_9_of_all_ranks_then_resume_is_bitwise_the_same_run(
     recipe: Path, uninterrupted: Path, tmp_path: Path, kill_after_step: int
 ) -> None:
@@ -143,6 +143,7 @@ def test_sigterm_saves_one_step_on_all_ranks_and_resume_is_bitwise_the_same_run(
     assert_same_run(run_dir, uninterrupted, tmp_path)
 
 
+@pytest.mark.slow
 def test_torchs_own_launcher_runs_the_same_ranks(uninterrupted: Path, tmp_path: Path) -> None:
     """A cluster that starts ranks with torchrun gets the same run."""
     run_dir = tmp_path / "torchrun"

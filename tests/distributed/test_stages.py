@@ -182,6 +182,7 @@ def test_the_mtp_loss_weighs_less_from_the_decay_on(uninterrupted: Path) -> None
         assert weight == pytest.approx(0.3 if row["step"] <= 8 else 0.1)
 
 
+@pytest.mark.slow
 def test_resume_in_any_stage_is_bitwise_the_same_run(
     tiny_corpus: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:

@@ -106,6 +106,7 @@ def move(corpus: Path, run_dir: Path, source: ParallelConfig, *targets: Parallel
                 assert np.array_equal(loaded[name], value), (target, name)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_cut_weights_is_read_whole_and_back(
     tiny_corpus: Path, tmp_path: Path
 ) -> None:

@@ -97,7 +97,14 @@ def train_rank(rank: int, config: RunConfig) -> list[dict[str, Any]]:
 CUT = ParallelConfig(tensor_parallel_size=2, expert_parallel_size=2)
 
 
-@pytest.mark.parametrize(("micro", "parallel"), [(1, None), (2, None), (2, CUT)])
+@pytest.mark.parametrize(
+    ("micro", "parallel"),
+    [
+        (2, CUT),
+        pytest.param(1, None, marks=pytest.mark.slow),
+        pytest.param(2, None, marks=pytest.mark.slow),
+    ],
+)
 def test_ranks_without_pictures_train_along(
     tiny_corpus: Path, micro: int, parallel: ParallelConfig | None
 ) -> None:

@@ -100,17 +100,23 @@ def one_rank(corpus: Path, residual: str, optim: OptimConfig) -> list[dict[str, 
 
 CASES = [
     ("mhc", 4, 2, 1, ADAMW),
+    ("plain", 2, 2, 2, ADAMW),
+    ("mhc", 2, 1, 2, MUON),
+]
+MORE = [
     ("mhc", 2, 2, 2, ADAMW),
     ("mhc", 4, 4, 2, ADAMW),
     ("hc", 4, 2, 1, ADAMW),
     ("plain", 4, 2, 1, ADAMW),
     ("mhc_single_pass", 4, 2, 1, ADAMW),
-    ("mhc", 2, 1, 2, MUON),
     ("mhc", 4, 2, 1, MUON),
 ]
 
 
-@pytest.mark.parametrize(("residual", "data", "expert", "micro", "optim"), CASES)
+@pytest.mark.parametrize(
+    ("residual", "data", "expert", "micro", "optim"),
+    [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)],
+)
 def test_losses_norms_and_parameters_do_not_depend_on_the_layout(
     tiny_corpus: Path, residual: str, data: int, expert: int, micro: int, optim: OptimConfig
 ) -> None:

@@ -98,11 +98,11 @@ def on(config: RunConfig, parallel: ParallelConfig) -> RunConfig:
 @pytest.mark.parametrize(
     ("model", "parallel"),
     [
-        (hybrid, layout(context=2)),
-        (images, layout(context=2)),
         *(
             pytest.param(*case, marks=[pytest.mark.slow, pytest.mark.timeout(600)])
             for case in [
+                (hybrid, layout(context=2)),
+                (images, layout(context=2)),
                 (sparse, contiguous(context=2)),
                 (sparse, layout(context=2, data=2, expert=2)),
                 (sparse, layout(context=4, expert=2)),

@@ -93,6 +93,7 @@ def test_every_stage_trains_alike_on_sharded_ranks(
             assert error <= 1e-10, (stage, name, error)
 
 
+@pytest.mark.slow
 def test_bf16_on_sharded_ranks_stays_close(
     tiny_corpus: Path, reference: list[dict[str, Any]]
 ) -> None:

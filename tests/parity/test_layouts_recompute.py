@@ -11,7 +11,9 @@ from tests.parity.test_layouts import ADAMW, one_rank, recipe, train_rank
 from train.model.config import Recompute
 
 
-@pytest.mark.parametrize(("kind", "free"), [("full", True), ("streams", False)])
+@pytest.mark.parametrize(
+    ("kind", "free"), [("full", True), pytest.param("streams", False, marks=pytest.mark.slow)]
+)
 def test_recomputation_changes_nothing(tiny_corpus: Path, kind: Recompute, free: bool) -> None:
     reference = one_rank(tiny_corpus, "mhc", ADAMW)
     config = recipe(tiny_corpus, "mhc", 2, 2, 2)
@@ -29,6 +31,7 @@ def test_recomputation_changes_nothing(tiny_corpus: Path, kind: Recompute, free:
             assert np.abs(ours["parameters"][name] - value).max() <= 1e-10, name
 
 
+@pytest.mark.slow
 def test_in_bf16_the_same_bits(tiny_corpus: Path) -> None:
     """The modules that stay fp32 are gathered apart, and again for the repeated forward pass."""
     config = recipe(tiny_corpus, "mhc", 2, 2, 2)

@@ -151,8 +151,8 @@ def name_of(case: object) -> str:
     ("model", "parallel"),
     [
         ("mhc", layout(tensor=2, data=2, expert=4)),
-        ("dsa", layout(tensor=2, expert=2)),
-        ("two_experts", layout(tensor=4, expert=4)),
+        pytest.param("dsa", layout(tensor=2, expert=2), marks=pytest.mark.slow),
+        pytest.param("two_experts", layout(tensor=4, expert=4), marks=pytest.mark.slow),
     ],
     ids=name_of,
 )
@@ -171,6 +171,7 @@ def same(a: Any, b: Any) -> bool:
     return np.array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_bf16_stays_close_and_repeats_bitwise(tiny_corpus: Path) -> None:
     config = config_of(tiny_corpus, "mhc", layout(tensor=2, expert=2))
     config = replace(config, train=replace(config.train, dtype="bf16"))

@@ -54,7 +54,7 @@ def _joined(parts: tuple[Batch, ...]) -> Batch:
     return Batch(**fields)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=12)
 @given(lengths=corpora, sequence_length=st.integers(3, 50), data=st.data())
 def test_stop_anywhere_and_go_on_with_any_data_size(
     lengths: dict[str, list[int]], sequence_length: int, data: st.DataObject
@@ -103,7 +103,7 @@ def documents_of_lane(inputs: list[int], texts: Texts) -> list[tuple[str, int]]:
     return found
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=12)
 @given(lengths=corpora, sequence_length=st.integers(3, 50))
 def test_documents_are_whole_and_each_epoch_has_each_once(
     lengths: dict[str, list[int]], sequence_length: int
@@ -130,7 +130,7 @@ def test_documents_are_whole_and_each_epoch_has_each_once(
             assert sorted(drawn) == list(range(len(sizes)))
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=12)
 @given(lengths=corpora, sequence_length=st.integers(1, 50))
 def test_every_token_but_a_first_one_is_a_label_exactly_once(
     lengths: dict[str, list[int]], sequence_length: int
@@ -149,7 +149,7 @@ def test_every_token_but_a_first_one_is_a_label_exactly_once(
         assert labels[-1] == expected
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=12)
 @given(lengths=corpora, sequence_length=st.integers(1, 50))
 def test_positions_and_document_ids_mark_the_documents(
     lengths: dict[str, list[int]], sequence_length: int
@@ -171,7 +171,7 @@ def test_positions_and_document_ids_mark_the_documents(
             assert batch.position_ids[row].tolist() == positions
 
 
-@settings(deadline=None, max_examples=10)
+@settings(deadline=None, max_examples=6)
 @given(lengths=corpora, lanes=st.sampled_from([1, 3, 16]))
 def test_state_is_small_json(lengths: dict[str, list[int]], lanes: int) -> None:
     with tempfile.TemporaryDirectory() as folder:

@@ -45,7 +45,7 @@ def run(model: Transformer, batch: list[Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", MODELS)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(lengths=LENGTHS, seed=st.integers(0, 1000))
 def test_packed_equals_separate(kind: str, lengths: list[int], seed: int) -> None:
     model = MODELS[kind]
@@ -59,7 +59,7 @@ def test_packed_equals_separate(kind: str, lengths: list[int], seed: int) -> Non
         )
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(lengths=LENGTHS, seed=st.integers(0, 1000), data=st.data())
 def test_a_changed_token_moves_only_the_rest_of_its_document(
     lengths: list[int], seed: int, data: st.DataObject
@@ -81,7 +81,7 @@ def test_a_changed_token_moves_only_the_rest_of_its_document(
     assert moved[place].all()
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(lengths=LENGTHS, seed=st.integers(0, 1000))
 def test_an_indexer_learns_from_each_document_as_if_it_were_alone(
     lengths: list[int], seed: int

@@ -84,6 +84,7 @@ def test_every_arm_trains_at_every_seed_and_the_report_compares_them_in_pairs(
     assert workshop.calls() == []
 
 
+@pytest.mark.slow
 def test_a_stop_ends_the_study_and_the_same_command_goes_on(workshop: Workshop) -> None:
     (workshop.directory / "off-seed0.exit").write_text("85")
     assert workshop.run(seeds=1) == 85
@@ -126,6 +127,7 @@ def test_a_wrong_override_fails_before_anything_runs(
     assert workshop.calls() == []
 
 
+@pytest.mark.slow
 def test_a_run_of_another_recipe_is_never_mixed_in(workshop: Workshop) -> None:
     assert workshop.run(seeds=1) == 0
     workshop.calls()

@@ -55,6 +55,7 @@ def test_bf16_is_the_fp32_result_rounded() -> None:
     torch.testing.assert_close(found.float(), wanted, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.slow
 def test_bf16_gradients_of_many_chunks_are_rounded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(core, "CHUNK_BYTES", 2 * 2)
     monkeypatch.setattr(core, "KEEP_UP_TO", 0)

@@ -385,6 +385,7 @@ def quiz_loss(model: Transformer, batch: Batch) -> Tensor:
     return F.cross_entropy(model(*inputs(batch)).logits.flatten(0, 1), batch.labels.flatten())
 
 
+@pytest.mark.slow
 def test_it_learns_to_tell_drawings_apart() -> None:
     """Without looking, ln 4 = 1.39 nats is the best; on new drawings it does far better."""
     model = build(SEEING)
