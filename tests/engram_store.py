@@ -13,6 +13,7 @@ class PlainStore:
 
     rows_are_independent = True
     sum_over: SumOver | None = None
+    shared = None
 
     def __init__(
         self,
