@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing.queues import Queue
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -168,9 +168,7 @@ def test_ranks_at_different_jobs_fail_with_both_named() -> None:
     assert "rank 1 of the group is at skip of step 0, rank 0 at announce of step 1" in one[0]
 
 
-def victim_rank(
-    rank: int, ranks: int, store: str, timeout: float, queue: "Queue[tuple[int, str, Any]]"
-) -> None:
+def victim_rank(rank: int, ranks: int, store: str, timeout: float, answers: Connection) -> None:
     """Train until the service fails, report how, and end."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
@@ -188,7 +186,7 @@ def victim_rank(
             service.reduce(step, gradients)
             service.update(step, learning_rate=0.1, scale=1.0)
             if step == 20:
-                queue.put((rank, "ready", None))
+                answers.send("ready")
     except EngramServiceError as error:
         first, at = error, time.time()
     calls: list[Callable[[], object]] = [
@@ -204,9 +202,7 @@ def victim_rank(
         except EngramServiceError as error:
             again.append(error is first is service.error)
     service.close()
-    queue.put((rank, str(first), (at, again, time.time() - at)))
-    queue.close()
-    queue.join_thread()
+    answers.send((str(first), at, again, time.time() - at))
     os._exit(0)  # destroying the group would wait for the rank that has gone
 
 
@@ -215,25 +211,33 @@ def run_victims(
 ) -> dict[int, tuple[str, float, list[bool], float]]:
     """Signal rank 1 in mid-training; what the others say: error, after how long, later calls, close."""
     context = multiprocessing.get_context("fork")
-    queue: Queue[tuple[int, str, Any]] = context.Queue()
     store = str(directory / f"store-{what.name}")
+    # A pipe each: a rank that is killed could take the lock of a common queue with it.
+    pipes = [context.Pipe(duplex=False) for _ in range(ranks)]
     processes = [
-        context.Process(target=victim_rank, args=(rank, ranks, store, timeout, queue))
+        context.Process(target=victim_rank, args=(rank, ranks, store, timeout, pipes[rank][1]))
         for rank in range(ranks)
     ]
     for process in processes:
         process.start()
+
+    def receive(rank: int) -> Any:
+        assert pipes[rank][0].poll(30.0), f"rank {rank} says nothing"
+        return pipes[rank][0].recv()
+
     try:
-        assert {queue.get(timeout=30)[0] for _ in range(ranks)} == set(range(ranks))
+        assert [receive(rank) for rank in range(ranks)] == ["ready"] * ranks
         pid, start = processes[1].pid, time.time()
         assert pid is not None
         os.kill(pid, what)
-        answers = [queue.get(timeout=20) for _ in range(ranks - 1)]
+        answers = {rank: receive(rank) for rank in range(ranks) if rank != 1}
     finally:
         for process in processes:
             process.kill()
             process.join()
-    return {rank: (text, at - start, again, end) for rank, text, (at, again, end) in answers}
+    return {
+        rank: (text, at - start, again, end) for rank, (text, at, again, end) in answers.items()
+    }
 
 
 @pytest.mark.slow
