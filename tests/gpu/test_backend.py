@@ -34,6 +34,7 @@ def start(name: str) -> tuple[Backend, torch.device]:
 def use_memory(name: str) -> tuple[int, int, int]:
     backend, device = start(name)
     assert backend.why_unavailable() is None
+    assert torch.get_float32_matmul_precision() == "highest", "fp32 is fp32"
     backend.synchronize()
     backend.reset_peak_memory()
     before = backend.peak_memory_bytes()

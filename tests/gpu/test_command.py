@@ -54,9 +54,7 @@ def test_the_loss_falls_and_a_resumed_run_is_bitwise_the_same(
 ) -> None:
     device.close()  # gives the device to the run
     recipe = tmp_path / "tiny.yaml"
-    sources = "".join(
-        f"    {name}: {{path: {tiny_corpus}/{name}}}\n" for name in ("code", "docs")
-    )
+    sources = "".join(f"    {name}: {{path: {tiny_corpus}/{name}}}\n" for name in ("code", "docs"))
     recipe.write_text(
         f"defaults: [v4_nano]\ndata:\n  tokenizer: {tiny_corpus}/tokenizer.json\n"
         f"  sources:\n{sources}"

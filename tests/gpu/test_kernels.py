@@ -9,7 +9,8 @@ from parallel.backend.kernels import KERNELS, choose
 from parallel.backend.select import select_backend
 from parallel.cross_entropy import summed_cross_entropy
 from tests.gpu.worker import Worker
-from tests.unit.parallel import test_cross_entropy, test_kernels
+from tests.unit.parallel import test_cross_entropy as cross_entropy_tests
+from tests.unit.parallel import test_kernels as kernel_tests
 from tests.unit.train.model.tiny import relative_error
 
 # megatron-core warns while it is imported.
@@ -18,14 +19,14 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning"),
 ]
 
-DTYPES = test_kernels.BOUNDS
+DTYPES = kernel_tests.BOUNDS
 
 
 def on_device(backend: str, test: str, *args: Any) -> None:
     """A test of the host's with the device as its last argument."""
     chosen = select_backend(backend)
     chosen.set_device(chosen.device(0))
-    getattr(test_kernels, test)(*args, chosen.device_type)
+    getattr(kernel_tests, test)(*args, chosen.device_type)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -75,7 +76,7 @@ def test_many_experts_in_bf16(device: Worker) -> None:
 def cross_entropy(backend: str, dtype: torch.dtype, bound: float) -> None:
     where = select_backend(backend).device_type
     with pytest.MonkeyPatch.context() as patch:
-        test_cross_entropy.test_loss_and_gradient_equal_torch(patch, dtype, bound, where)
+        cross_entropy_tests.test_loss_and_gradient_equal_torch(patch, dtype, bound, where)
 
 
 @pytest.mark.parametrize(

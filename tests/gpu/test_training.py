@@ -15,12 +15,14 @@ from train.config import RunConfig
 
 pytestmark = pytest.mark.gpu
 
-STAGES = "[{steps:1,indexer_stage:dense},{steps:1,indexer_stage:dense_warmup},{indexer_stage:sparse}]"
+STAGES = (
+    "[{steps:1,indexer_stage:dense},{steps:1,indexer_stage:dense_warmup},{indexer_stage:sparse}]"
+)
 FAMILIES = {
     "v4_nano": ("v4_nano",),
     "v3_nano": ("v3_nano",),
     "v32_nano": ("v32_nano", f"train.stages={STAGES}"),
-    "v4_flash_nano": ("v4_flash_nano",),
+    "v4_flash_nano": ("v4_flash_nano", f"train.stages={STAGES}", "data.num_lanes=null"),
     "v41_flash_nano": ("v41_flash_nano",),
     "mhc_nano": ("mhc_nano",),
     "engram_nano": ("engram_nano",),
@@ -30,9 +32,9 @@ FAMILIES = {
 LOSSES = ("loss", "loss_main", "loss_mtp", "loss_balance", "loss_indexer", "grad_norm")
 FP64 = 1e-10
 """Rounding of fp64 after three steps; a sum in another type, or in TF32, is far above."""
-MORE_THAN_THE_HOST = 4.0
-"""What the device's fp32 may be off, over what the host's is: sums in another order, and now and then
-an expert or a key that is chosen by a hair."""
+MORE_THAN_THE_HOST, CHOSEN_BY_A_HAIR = 4.0, 5e-4
+"""What the gradients of the device's fp32 may be off, over what the host's are: sums in another order;
+and what one other expert or key makes, where two were equal up to rounding."""
 
 Dtype = Literal["fp64", "fp32", "bf16"]
 
@@ -67,7 +69,8 @@ def test_three_steps_in_fp64_are_the_hosts(
     found, wanted = on_both(device, host, family, tiny_corpus, "fp64")
     gradients = [distance(*pair) for pair in zip(found.gradients, wanted.gradients, strict=True)]
     parameters = distance(found.parameters, wanted.parameters)
-    figure(f"{family} fp64: gradients {gradients}, parameters {parameters}")
+    worst = [f"{error:.1e} {name}" for error, name in (*gradients, parameters)]
+    figure(f"{family} fp64: gradients and parameters {', '.join(worst)}")
     for ours, theirs in zip(found.records, wanted.records, strict=True):
         assert ours.keys() == theirs.keys()
         for name in LOSSES:
@@ -81,14 +84,14 @@ def test_three_steps_in_fp64_are_the_hosts(
 def test_a_step_in_fp32_is_as_exact_as_the_hosts(
     device: Worker, host: Worker, tiny_corpus: Path, family: str, figure: Callable[[str], None]
 ) -> None:
-    """Both are measured by the host's fp64. TF32 would be hundreds of times worse."""
+    """Both are measured by the host's fp64. TF32 would show in the loss, which choices hardly move."""
     exact = on_host(host, family, tiny_corpus, "fp64")
     traces = on_both(device, host, family, tiny_corpus, "fp32")
     ours, theirs = (relative(made.gradients[0], exact.gradients[0]) for made in traces)
     loss, wanted = traces[0].records[0]["loss"], exact.records[0]["loss"]
     figure(f"{family} fp32: gradients {ours:.1e} (host {theirs:.1e}), loss {loss / wanted - 1:.1e}")
-    assert ours <= max(MORE_THAN_THE_HOST * theirs, 1e-5)
-    assert loss == pytest.approx(wanted, rel=1e-5)
+    assert ours <= max(MORE_THAN_THE_HOST * theirs, CHOSEN_BY_A_HAIR)
+    assert loss == pytest.approx(wanted, rel=1e-6)
 
 
 @pytest.mark.parametrize("family", ["v4_nano", "v41_flash_nano", "v4_nano_mm"])

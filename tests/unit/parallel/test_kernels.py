@@ -18,6 +18,12 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::U
 BOUNDS = {torch.float64: 1e-15, torch.float32: 1e-6, torch.bfloat16: 2e-3}
 
 
+@pytest.fixture
+def device() -> str:
+    """Others call these tests with theirs."""
+    return "cpu"
+
+
 def test_the_recipe_has_the_names_of_the_table() -> None:
     names = {f"kernels.{key}": kind for key, kind in get_type_hints(KernelConfig).items()}
     names["expert_dispatcher"] = get_type_hints(ParallelConfig)["expert_dispatcher"]
@@ -49,7 +55,7 @@ def leaves_of(dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 @pytest.mark.parametrize("name", KERNELS["kernels.permute"])
-def test_rows_sorted_and_summed(name: str, dtype: torch.dtype, device: str = "cpu") -> None:
+def test_rows_sorted_and_summed(name: str, dtype: torch.dtype, device: str) -> None:
     """The bound is one rounding of the dtype, of the sum that the kernel returns."""
     tokens, indices, weights = leaves_of(dtype, device)
     order = rows.order_by_expert(indices, 6)
@@ -68,7 +74,7 @@ def test_rows_sorted_and_summed(name: str, dtype: torch.dtype, device: str = "cp
 
 
 @pytest.mark.parametrize("name", KERNELS["kernels.permute"])
-def test_tokens_with_different_numbers_of_experts(name: str, device: str = "cpu") -> None:
+def test_tokens_with_different_numbers_of_experts(name: str, device: str) -> None:
     """As a rank receives them that holds some of each token's experts; -1 is another rank's."""
     tokens, indices, weights = leaves_of(torch.float64, device)
     indices = torch.where(indices < 4, indices, -1)
@@ -93,7 +99,7 @@ def test_tokens_with_different_numbers_of_experts(name: str, device: str = "cpu"
 
 
 @pytest.mark.parametrize("multiple", [1, 32])
-def test_no_tokens_at_all(multiple: int, device: str = "cpu") -> None:
+def test_no_tokens_at_all(multiple: int, device: str) -> None:
     tokens = torch.zeros(0, 8, device=device, requires_grad=True)
     indices = torch.zeros(0, 2, dtype=torch.int64, device=device)
     order = rows.order_present_by_expert(indices, 3, multiple=multiple)
@@ -105,7 +111,7 @@ def test_no_tokens_at_all(multiple: int, device: str = "cpu") -> None:
 
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 @pytest.mark.parametrize("name", KERNELS["kernels.grouped_linear"])
-def test_grouped_products(name: str, dtype: torch.dtype, device: str = "cpu") -> None:
+def test_grouped_products(name: str, dtype: torch.dtype, device: str) -> None:
     torch.manual_seed(0)
     leaves = [torch.randn(40, 16).to(device, dtype), torch.randn(5, 24, 16).to(device, dtype)]
     counts = torch.tensor([3, 0, 32, 5, 0], device=device)
