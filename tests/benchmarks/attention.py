@@ -262,9 +262,8 @@ def place(layer: nn.Module, dtype: torch.dtype, device: Device) -> None:
     """Put a layer on the device, in the types of a training run."""
     layer.to(device.torch_device, dtype)
     for module in layer.modules():
-        if hasattr(module, "fp32_modules"):
-            for kept in module.fp32_modules():
-                kept.float()
+        for kept in getattr(module, "fp32_modules", list)():
+            kept.float()
 
 
 def peak_bytes(device: Device) -> int:

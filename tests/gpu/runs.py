@@ -28,7 +28,7 @@ from train.step import train_step
 
 STEPS, SEQUENCE = 3, 128
 
-Values = dict[str, NDArray[np.generic]]
+Values = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -127,10 +127,10 @@ def state(training: Training) -> Values:
     return found
 
 
-def whole(value: Tensor) -> NDArray[np.generic]:
+def whole(value: Tensor) -> NDArray[Any]:
     """On the host."""
     full = value.full_tensor() if isinstance(value, DTensor) else value
-    copy: NDArray[np.generic] = full.detach().cpu().numpy().copy()
+    copy: NDArray[Any] = full.detach().cpu().numpy().copy()
     return copy
 
 
@@ -142,7 +142,7 @@ def distance(found: Values, wanted: Values) -> tuple[float, str]:
     assert found.keys() == wanted.keys()
     floor = 1e-3 * norm(wanted)
     errors = {
-        name: float(np.linalg.norm(found[name] - value) / max(np.linalg.norm(value), floor))
+        name: float(np.linalg.norm(found[name] - value)) / max(float(np.linalg.norm(value)), floor)
         for name, value in wanted.items()
     }
     name = max(errors, key=lambda key: np.nan_to_num(errors[key], nan=np.inf))

@@ -83,10 +83,11 @@ def _serve(connection: "Connection[Any, Any]", backend: str) -> None:
             function, args = connection.recv()
         except EOFError:
             return
+        error, value = None, None
         try:
-            answer = (None, function(backend, *args))
+            value = function(backend, *args)
         except BaseException:  # the test reports it
-            answer = (traceback.format_exc(), None)
-        connection.send(answer)
+            error = traceback.format_exc()
+        connection.send((error, value))
         if dist.is_initialized():
             dist.destroy_process_group()
