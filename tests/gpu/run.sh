@@ -28,8 +28,8 @@ for part in $parts; do
         # By importance: a limit cuts the last ones off. Warnings are those of another torch, too.
         bounded 240 tests.log $python -m pytest -m gpu -W default --tb=short --timeout 120 -q -rfE \
             -p no:cacheprovider --durations=8 \
-            tests/gpu/test_backend.py tests/gpu/test_training.py tests/gpu/test_kernels.py \
-            tests/gpu/test_command.py
+            tests/gpu/test_backend.py tests/gpu/test_training.py tests/gpu/test_command.py \
+            tests/gpu/test_kernels.py tests/gpu/test_compiled.py
         grep -E '^(E  |FAILED|ERROR|tests/.*Error)|fp64: |fp32: |bf16: |compiled: |mneme train|s (call|setup) |passed|failed' \
             "$logs/tests.log" | cut -c1-300 | tail -110
     else

@@ -1,7 +1,6 @@
 """The training step of every family of models: the device against the host, on one rank."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -112,22 +111,3 @@ def test_bf16_is_finite_close_and_the_same_every_time(
     )
     figure(f"{family} bf16: loss within {error:.1e} of fp64 over the steps")
     assert error <= 2e-2  # 8 bits of mantissa: 4e-3 for a rounding
-
-
-@pytest.mark.timeout(180)
-@pytest.mark.parametrize("family", ["v4_nano", "v41_flash_nano"])
-def test_compiled_passes_over_the_streams(
-    device: Worker, tiny_corpus: Path, family: str, figure: Callable[[str], None]
-) -> None:
-    """Against the passes that are not compiled, by what fp32 is off from fp64."""
-    config = of_family(family, tiny_corpus, "fp32", "train.recompute=streams")
-    hyper = replace(config.model.hyper_connection, compile=True)
-    compiled = replace(config, model=replace(config.model, hyper_connection=hyper))
-    wanted = device.call(trace, config)
-    one, other = (device.call(trace, compiled, timeout=170.0) for _ in range(2))
-    error = relative(one.gradients[0], wanted.gradients[0])
-    figure(f"{family} compiled: gradients {error:.1e}")
-    assert one.records[0]["loss"] == pytest.approx(wanted.records[0]["loss"], rel=1e-5)
-    assert error <= 1e-4
-    for name, value in one.parameters.items():
-        assert np.array_equal(value, other.parameters[name]), name
