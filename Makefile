@@ -1,4 +1,4 @@
-# make quickstart | install | test | check | bench
+# make quickstart | install | test | test-gpu | check | bench
 PYTHON ?= python3
 BIN := .venv/bin
 # A package index with CPU builds of torch, if pip's default one offers only accelerator builds, e.g.
@@ -6,7 +6,7 @@ BIN := .venv/bin
 TORCH_INDEX ?=
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart install test test-slow check bench clean
+.PHONY: quickstart install test test-slow test-gpu check bench clean
 
 quickstart: install
 	$(BIN)/mneme data build quickstart
@@ -27,6 +27,10 @@ test: install
 
 test-slow: install
 	$(BIN)/pytest -m "slow and not gpu and not npu" --timeout 300 $(TESTS)
+
+# On a machine with an accelerator: its tests, and the benchmarks on it.
+test-gpu: install
+	PYTHON=$(BIN)/python bash tests/gpu/run.sh
 
 check: install
 	$(BIN)/ruff check .

@@ -2,8 +2,11 @@
 
 One layer, forward and backward, one document, one thread, fp32: CPU time per token and the peak of
 resident memory, each point in a process of its own with the same allocator settings. A point that
-would take longer than `LIMIT_SECONDS`, judged by the one before it, is not run and named as such.
-To add an attention, add it to `LAYERS`.
+would take longer than `Sizes.limit_seconds`, judged by the one before it, is not run and named as
+such. To add an attention, add it to `LAYERS`.
+
+On an accelerator the layer is wider, in bf16, and sequences are longer: time that passes, and the
+peak of the device's memory, all in one process, with each point on stderr as it comes.
 """
 
 import itertools
@@ -12,13 +15,14 @@ import os
 import resource
 import subprocess
 import sys
-import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from launch.bench import Row
+from tests.benchmarks.of_device.clock import Device
 from train.model.attention.compressed import HybridAttention
 from train.model.attention.config import CompressedConfig, IndexerConfig, MlaConfig
 from train.model.attention.dsa import SparseLatentAttention
@@ -26,18 +30,25 @@ from train.model.attention.mla import MultiHeadLatentAttention
 from train.model.config import ModelConfig
 from train.model.tokens import Tokens
 
-LENGTHS = (2048, 4096, 8192, 16384, 32768, 65536)
-LIMIT_SECONDS = 180.0
-REPEAT_SECONDS = 8.0
-"""A point is repeated while it has taken less than this; the fastest run counts. The first one pays
-for fresh memory, which doubled the time of the cheapest layers at 32K tokens."""
-TOP_K = 512
-DENSE = "dense MLA"
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What is measured."""
+
+    config: ModelConfig
+    dtype: torch.dtype
+    lengths: tuple[int, ...]
+    limit_seconds: float
+    repeat_seconds: float
+    """A point is repeated while it has taken less than this; the fastest run counts. The first one
+    pays for fresh memory, which doubled the time of the cheapest layers at 32K tokens."""
+
+
 CONFIG = ModelConfig(
     hidden_size=256,
     num_attention_heads=4,
     mla=MlaConfig(qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64),
-    indexer=IndexerConfig(num_heads=4, head_dim=32, top_k=TOP_K),
+    indexer=IndexerConfig(num_heads=4, head_dim=32, top_k=512),
     # A key-value row as wide as the latent of MLA with its rotary key.
     compressed=CompressedConfig(
         compress_ratios=(0, 4, 128),
@@ -47,6 +58,39 @@ CONFIG = ModelConfig(
         rope_head_dim=32,
     ),
 )
+ON_HOST = Sizes(
+    config=CONFIG,
+    dtype=torch.float32,
+    lengths=(2048, 4096, 8192, 16384, 32768, 65536),
+    limit_seconds=180.0,
+    repeat_seconds=8.0,
+)
+ON_DEVICE = Sizes(
+    config=ModelConfig(
+        hidden_size=2048,
+        num_attention_heads=16,
+        mla=MlaConfig(
+            q_lora_rank=1024,
+            kv_lora_rank=512,
+            qk_nope_head_dim=128,
+            qk_rope_head_dim=64,
+            v_head_dim=128,
+        ),
+        indexer=IndexerConfig(num_heads=16, head_dim=128, top_k=1024),
+        compressed=CompressedConfig(
+            compress_ratios=(0, 4, 128),
+            hca_ratio=128,
+            sliding_window=128,
+            head_dim=192,
+            rope_head_dim=64,
+        ),
+    ),
+    dtype=torch.bfloat16,
+    lengths=(4096, 8192, 16384, 32768, 65536, 131072),
+    limit_seconds=4.0,
+    repeat_seconds=0.2,
+)
+DENSE = "dense MLA"
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     # Otherwise glibc hands every large block back to the kernel, and page faults are what is timed.
@@ -61,34 +105,36 @@ def idle_indexer(layer: nn.Module) -> nn.Module:
     return layer
 
 
-def hybrid(ratio: int) -> HybridAttention:
+def hybrid(config: ModelConfig, ratio: int) -> HybridAttention:
     """The layer of V4 with this compression ratio."""
-    return HybridAttention(CONFIG, CONFIG.compressed.compress_ratios.index(ratio))
+    return HybridAttention(config, config.compressed.compress_ratios.index(ratio))
 
 
-LAYERS: dict[str, Callable[[], nn.Module]] = {
-    DENSE: lambda: MultiHeadLatentAttention(CONFIG),
-    f"DSA top-{TOP_K}": lambda: SparseLatentAttention(CONFIG),
-    f"DSA top-{TOP_K}, indexer not learning": lambda: idle_indexer(SparseLatentAttention(CONFIG)),
-    f"CSA 4, top-{TOP_K}": lambda: hybrid(4),
-    f"CSA 4, top-{TOP_K}, indexer not learning": lambda: idle_indexer(hybrid(4)),
-    "HCA 128": lambda: hybrid(128),
-    "window 128": lambda: hybrid(0),
+LAYERS: dict[str, Callable[[ModelConfig], nn.Module]] = {
+    DENSE: MultiHeadLatentAttention,
+    "DSA top-{}": SparseLatentAttention,
+    "DSA top-{}, indexer not learning": lambda config: idle_indexer(SparseLatentAttention(config)),
+    "CSA 4, top-{}": lambda config: hybrid(config, 4),
+    "CSA 4, top-{}, indexer not learning": lambda config: idle_indexer(hybrid(config, 4)),
+    "HCA 128": lambda config: hybrid(config, 128),
+    "window 128": lambda config: hybrid(config, 0),
 }
 
 
 def run() -> list[Row]:
     """Measure every layer at every length, then compare."""
+    device = Device()
     rows = []
     costs: dict[str, dict[int, float]] = {}
     for name in LAYERS:
-        found, memory, skipped = measure_layer(name)
+        found, memory, skipped = measure_layer(name, device)
         costs[name] = found
         for length, cost in found.items():
             peer = costs[DENSE].get(length) if name != DENSE else None
             rows.append(
                 Row(
-                    case=f"{name}, {length} tokens" + (f" | {DENSE}" if peer else ""),
+                    case=f"{title(name, device)}, {length} tokens"
+                    + (f" | {DENSE}" if peer else ""),
                     value=cost,
                     unit="us/token",
                     peer=peer,
@@ -96,27 +142,44 @@ def run() -> list[Row]:
                 )
             )
         rows += [
-            Row(case=f"{name}, {length} tokens: not run, would take", value=seconds, unit="s")
+            Row(
+                case=f"{title(name, device)}, {length} tokens: not run, would take",
+                value=seconds,
+                unit="s",
+            )
             for length, seconds in skipped.items()
         ]
-        rows += memory_rows(name, memory)
+        rows += memory_rows(title(name, device), memory)
         if name != DENSE:
-            rows.append(crossover(name, found, costs[DENSE]))
+            rows.append(crossover(title(name, device), found, costs[DENSE]))
     return rows
 
 
-def measure_layer(name: str) -> tuple[dict[int, float], dict[int, float], dict[int, float]]:
+def sizes_on(device: Device) -> Sizes:
+    """What makes sense on the device."""
+    return ON_HOST if device.is_host else ON_DEVICE
+
+
+def title(name: str, device: Device) -> str:
+    """The layer's name with the number of keys that it selects."""
+    return name.format(sizes_on(device).config.indexer.top_k)
+
+
+def measure_layer(
+    name: str, device: Device
+) -> tuple[dict[int, float], dict[int, float], dict[int, float]]:
     """By length: microseconds per token, peak MiB, and seconds that a point would have taken."""
+    sizes = sizes_on(device)
     costs: dict[int, float] = {}
     memory: dict[int, float] = {}
     skipped: dict[int, float] = {}
     predicted = 0.0
-    for length in LENGTHS:
-        if predicted > LIMIT_SECONDS:
+    for length in sizes.lengths:
+        if predicted > sizes.limit_seconds:
             skipped[length] = predicted
             predicted *= 4
             continue
-        point = measure_apart(name, length)
+        point = measure_apart(name, length) if device.is_host else measure(name, length, device)
         costs[length], memory[length] = 1e6 * point["seconds"] / length, point["mebibytes"]
         # At most quadratic in the length.
         predicted = 4 * point["seconds"]
@@ -170,24 +233,45 @@ def measure_apart(name: str, length: int) -> dict[str, float]:
     return point
 
 
-def measure(name: str, length: int) -> dict[str, float]:
-    """CPU seconds of a forward and backward pass, and its peak of memory above the start."""
+def measure(name: str, length: int, device: Device) -> dict[str, float]:
+    """Seconds of a forward and backward pass, and its peak of memory above the start."""
     torch.manual_seed(0)
-    layer = LAYERS[name]()
+    sizes = sizes_on(device)
+    layer = LAYERS[name](sizes.config)
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.1)
-    x = torch.randn(1, length, CONFIG.hidden_size, requires_grad=True)
-    positions = torch.arange(length)[None]
+    place(layer, sizes.dtype, device)
+    x = torch.randn(1, length, sizes.config.hidden_size).to(device.torch_device, sizes.dtype)
+    x.requires_grad_()
+    positions = torch.arange(length, device=device.torch_device)[None]
     documents = torch.zeros_like(positions)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    tokens = Tokens.whole(documents, positions, documents)
+    if not device.is_host:  # each host's point is in a process of its own
+        device.backend.reset_peak_memory()
+    before = peak_bytes(device)
     times: list[float] = []
-    while sum(times) < REPEAT_SECONDS:
-        started = time.process_time()
-        layer(x, Tokens.whole(documents, positions, documents)).sum().backward()
-        times.append(time.process_time() - started)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    return {"seconds": min(times), "mebibytes": peak / 1024}
+    while sum(times) < sizes.repeat_seconds:
+        times.append(device.seconds(lambda: layer(x, tokens).sum().backward()))
+    point = {"seconds": min(times), "mebibytes": (peak_bytes(device) - before) / 2**20}
+    if not device.is_host:
+        print(name, length, point, file=sys.stderr, flush=True)
+    return point
+
+
+def place(layer: nn.Module, dtype: torch.dtype, device: Device) -> None:
+    """Put a layer on the device, in the types of a training run."""
+    layer.to(device.torch_device, dtype)
+    for module in layer.modules():
+        for kept in getattr(module, "fp32_modules", list)():
+            kept.float()
+
+
+def peak_bytes(device: Device) -> int:
+    """Largest memory until now: of the process on the host, else of the device since the reset."""
+    if device.is_host:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return device.backend.peak_memory_bytes()
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(sys.argv[1], int(sys.argv[2]))))
+    print(json.dumps(measure(sys.argv[1], int(sys.argv[2]), Device())))

@@ -67,16 +67,11 @@ def tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def transformers_model(ours: Transformer, *, attn_implementation: str = "eager") -> nn.Module:
     """Their model with our weights."""
-    from transformers import (  # noqa: PLC0415
-        DeepseekV3Config,
-        DeepseekV3ForCausalLM,
-        DeepseekV32Config,
-        DeepseekV32ForCausalLM,
-    )
-
     fields = config_fields(ours.config) | {"attn_implementation": attn_implementation}
     model: nn.Module
     if ours.config.attention == "dsa":
+        from transformers import DeepseekV32Config, DeepseekV32ForCausalLM  # noqa: PLC0415
+
         indexer = ours.config.indexer
         model = DeepseekV32ForCausalLM(
             DeepseekV32Config(
@@ -87,6 +82,8 @@ def transformers_model(ours: Transformer, *, attn_implementation: str = "eager")
             )
         )
     else:
+        from transformers import DeepseekV3Config, DeepseekV3ForCausalLM  # noqa: PLC0415
+
         model = DeepseekV3ForCausalLM(DeepseekV3Config(**fields))
     mine = dict(tensors(ours))
     with torch.no_grad():

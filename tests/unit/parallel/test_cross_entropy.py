@@ -9,6 +9,12 @@ from parallel.cross_entropy import summed_cross_entropy
 from tests.unit.train.model.tiny import relative_error
 
 
+@pytest.fixture
+def device() -> str:
+    """Others call these tests with theirs."""
+    return "cpu"
+
+
 def several_chunks(logits: torch.Tensor) -> Any:
     return (slice(start, start + 5) for start in range(0, len(logits), 5))
 
@@ -17,12 +23,12 @@ def several_chunks(logits: torch.Tensor) -> Any:
     ("dtype", "bound"), [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 1e-3)]
 )
 def test_loss_and_gradient_equal_torch(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, bound: float
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, bound: float, device: str
 ) -> None:
     monkeypatch.setattr(cross_entropy, "_chunks", several_chunks)
     torch.manual_seed(0)
-    logits = (30 * torch.randn(2, 9, 50)).to(dtype).requires_grad_()
-    labels = torch.randint(0, 50, (2, 9))
+    logits = (30 * torch.randn(2, 9, 50)).to(device, dtype).requires_grad_()
+    labels = torch.randint(0, 50, (2, 9)).to(device)
     labels[0, 3:6] = -100
     found = summed_cross_entropy(logits, labels)
     wide = torch.promote_types(dtype, torch.float32)

@@ -18,6 +18,12 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::U
 BOUNDS = {torch.float64: 1e-15, torch.float32: 1e-6, torch.bfloat16: 2e-3}
 
 
+@pytest.fixture
+def device() -> str:
+    """Others call these tests with theirs."""
+    return "cpu"
+
+
 def test_the_recipe_has_the_names_of_the_table() -> None:
     names = {f"kernels.{key}": kind for key, kind in get_type_hints(KernelConfig).items()}
     names["expert_dispatcher"] = get_type_hints(ParallelConfig)["expert_dispatcher"]
@@ -38,23 +44,24 @@ def test_auto_is_what_is_exact_and_runs_on_the_device() -> None:
     assert host.cross_entropy is other.cross_entropy is cross_entropy.summed_cross_entropy
 
 
-def leaves_of(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def leaves_of(dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens, experts of each, and weights; expert 2 has no token."""
     torch.manual_seed(0)
     indices = (torch.rand(50, 6) + torch.tensor([0, 0, -9.0, 0, 1, 0])).topk(3).indices
     weights = torch.rand(50, 3, dtype=torch.promote_types(dtype, torch.float32))
-    return torch.randn(50, 16).to(dtype).requires_grad_(), indices, weights.requires_grad_()
+    tokens = torch.randn(50, 16).to(device, dtype).requires_grad_()
+    return tokens, indices.to(device), weights.to(device).requires_grad_()
 
 
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 @pytest.mark.parametrize("name", KERNELS["kernels.permute"])
-def test_rows_sorted_and_summed(name: str, dtype: torch.dtype) -> None:
+def test_rows_sorted_and_summed(name: str, dtype: torch.dtype, device: str) -> None:
     """The bound is one rounding of the dtype, of the sum that the kernel returns."""
-    tokens, indices, weights = leaves_of(dtype)
+    tokens, indices, weights = leaves_of(dtype, device)
     order = rows.order_by_expert(indices, 6)
     assert order.counts.tolist()[2] == 0
     results = []
-    for kernel in (rows.permute, choose("kernels.permute", name, "cpu")):
+    for kernel in (rows.permute, choose("kernels.permute", name, device)):
         sorted_rows, combine = kernel(tokens, order)
         assert torch.equal(sorted_rows, tokens[order.token])
         total = combine(sorted_rows.sin(), weights)
@@ -67,17 +74,17 @@ def test_rows_sorted_and_summed(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("name", KERNELS["kernels.permute"])
-def test_tokens_with_different_numbers_of_experts(name: str) -> None:
+def test_tokens_with_different_numbers_of_experts(name: str, device: str) -> None:
     """As a rank receives them that holds some of each token's experts; -1 is another rank's."""
-    tokens, indices, weights = leaves_of(torch.float64)
+    tokens, indices, weights = leaves_of(torch.float64, device)
     indices = torch.where(indices < 4, indices, -1)
     present = indices >= 0
     assert set(present.sum(1).tolist()) == {1, 2}
     indices[7] = -1
     present[7] = False
     order = rows.order_present_by_expert(indices, 4)
-    sorted_rows, combine = choose("kernels.permute", name, "cpu")(tokens, order)
-    scale = torch.arange(1.0, 5.0, dtype=torch.float64)
+    sorted_rows, combine = choose("kernels.permute", name, device)(tokens, order)
+    scale = torch.arange(1.0, 5.0, dtype=torch.float64, device=device)
     factors = scale.repeat_interleave(order.counts).unsqueeze(1)
     total = combine(sorted_rows * factors, weights[present])
     wanted = tokens * (weights * scale[indices] * present).sum(1, keepdim=True)
@@ -92,23 +99,24 @@ def test_tokens_with_different_numbers_of_experts(name: str) -> None:
 
 
 @pytest.mark.parametrize("multiple", [1, 32])
-def test_no_tokens_at_all(multiple: int) -> None:
-    tokens = torch.zeros(0, 8, requires_grad=True)
-    order = rows.order_present_by_expert(torch.zeros(0, 2, dtype=torch.int64), 3, multiple=multiple)
+def test_no_tokens_at_all(multiple: int, device: str) -> None:
+    tokens = torch.zeros(0, 8, device=device, requires_grad=True)
+    indices = torch.zeros(0, 2, dtype=torch.int64, device=device)
+    order = rows.order_present_by_expert(indices, 3, multiple=multiple)
     sorted_rows, combine = rows.permute(tokens, order)
-    total = combine(sorted_rows, torch.zeros(0))
+    total = combine(sorted_rows, torch.zeros(0, device=device))
     assert total.shape == sorted_rows.shape == (0, 8)
     assert torch.autograd.grad(total.sum(), tokens)[0].shape == (0, 8)
 
 
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 @pytest.mark.parametrize("name", KERNELS["kernels.grouped_linear"])
-def test_grouped_products(name: str, dtype: torch.dtype) -> None:
+def test_grouped_products(name: str, dtype: torch.dtype, device: str) -> None:
     torch.manual_seed(0)
-    leaves = [torch.randn(40, 16).to(dtype), torch.randn(5, 24, 16).to(dtype)]
-    counts = torch.tensor([3, 0, 32, 5, 0])
+    leaves = [torch.randn(40, 16).to(device, dtype), torch.randn(5, 24, 16).to(device, dtype)]
+    counts = torch.tensor([3, 0, 32, 5, 0], device=device)
     results = []
-    for kernel in (grouped.loop, choose("kernels.grouped_linear", name, "cpu")):
+    for kernel in (grouped.loop, choose("kernels.grouped_linear", name, device)):
         made = [leaf.clone().requires_grad_() for leaf in leaves]
         out = kernel(made[0], made[1], counts)
         results.append([out, *torch.autograd.grad(out.sin().sum(), made)])
