@@ -106,7 +106,6 @@ def megatron_cross_entropy(backend: str, name: str, dtype: torch.dtype) -> tuple
     [
         ("megatron", torch.float32, 1e-6),
         ("megatron", torch.bfloat16, 3e-3),
-        ("megatron_fused", torch.bfloat16, 3e-3),
     ],
 )
 def test_megatrons_cross_entropy(

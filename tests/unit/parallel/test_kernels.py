@@ -56,7 +56,12 @@ def leaves_of(dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 @pytest.mark.parametrize("name", KERNELS["kernels.permute"])
 def test_rows_sorted_and_summed(name: str, dtype: torch.dtype, device: str) -> None:
-    """The bound is one rounding of the dtype, of the sum that the kernel returns."""
+    """The bound is one rounding of the dtype, of the sum that the kernel returns.
+
+    An accelerator's `index_add`, which megatron-core's kernel sums by, rounds after each of the three
+    experts of a token.
+    """
+    roundings = 3 if name == "megatron" and device != "cpu" else 1
     tokens, indices, weights = leaves_of(dtype, device)
     order = rows.order_by_expert(indices, 6)
     assert order.counts.tolist()[2] == 0
@@ -70,7 +75,9 @@ def test_rows_sorted_and_summed(name: str, dtype: torch.dtype, device: str) -> N
         results.append([total, *grads])
     for found, wanted in zip(*results, strict=True):
         assert found.dtype == wanted.dtype
-        assert (found - wanted).double().norm() <= BOUNDS[dtype] * wanted.double().norm()
+        assert (found - wanted).double().norm() <= roundings * BOUNDS[
+            dtype
+        ] * wanted.double().norm()
 
 
 @pytest.mark.parametrize("name", KERNELS["kernels.permute"])
