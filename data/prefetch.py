@@ -50,9 +50,7 @@ def _produce(items: Iterator[T], queue: "Queue[T | Exception]", stop: threading.
             return
 
 
-def _stop(
-    thread: threading.Thread, stop: threading.Event, queue: "Queue[T | Exception]"
-) -> None:
+def _stop(thread: threading.Thread, stop: threading.Event, queue: "Queue[T | Exception]") -> None:
     """Runs when the prefetcher is collected, and before the interpreter exits."""
     stop.set()
     # Room for the one item that the thread may still put before it looks at `stop`.

@@ -43,7 +43,11 @@ def recipe(corpus: Path, steps: int, **parallel: Any) -> RunConfig:
             sources=sources, tokenizer=str(corpus / "tokenizer.json"), sequence_length=24
         ),
         optim=OptimConfig(warmup_steps=0),
-        train=TrainConfig(steps=steps, global_batch_size=4, micro_batch_size=1),
+        train=TrainConfig(
+            steps=steps,
+            global_batch_size=4,
+            micro_batch_size=1 if "data_parallel_size" in parallel else 2,
+        ),
     )
 
 
@@ -84,7 +88,7 @@ def run(
         configs.append(replace(config, parallel=parallel, optim=optim))
     world = ParallelLayout.from_config(config.parallel).world_size
     traces = []
-    for of_ranks in zip(*run_distributed(train_rank, world, configs, timeout=250.0), strict=True):
+    for of_ranks in zip(*run_distributed(train_rank, world, configs, timeout=500.0), strict=True):
         losses, _, late = of_ranks[0]
         assert all(of_rank[0] == losses for of_rank in of_ranks)
         rows = {name: values for _, found, _ in of_ranks for name, values in found.items()}
@@ -116,7 +120,7 @@ LAYOUTS = [
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_fifty_steps_are_bitwise_those_without_prefetch(
     tiny_corpus: Path, layout: dict[str, int]
@@ -125,7 +129,7 @@ def test_fifty_steps_are_bitwise_those_without_prefetch(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("dtype", "optimizer"), [("bf16", "adam"), ("fp8", "adagrad"), ("fp32", "sinkhorn")]
 )
