@@ -66,8 +66,8 @@ def forward_backward(
         )
         return sums
     [model] = training.model.stages
-    for index, batch in enumerate(microbatches):
-        loss = minimised(token_losses(training, model, batch) / valid)
+    for index in range(len(microbatches)):
+        loss = minimised(token_losses(training, model, microbatches, index) / valid)
         training.engine.backward(loss, last=index == len(microbatches) - 1)
     return sums
 
@@ -81,7 +81,8 @@ def forward(training: Training, microbatches: Sequence[Batch]) -> Float[Tensor, 
         losses = training.pipeline.forward(_compute(training, microbatches, one), crossings)
     else:
         [model] = training.model.stages
-        losses = [token_losses(training, model, batch) for batch in microbatches]
+        numbers = range(len(microbatches))
+        losses = [token_losses(training, model, microbatches, number) for number in numbers]
     sums = torch.zeros(2, dtype=training.sum_dtype, device=training.device)
     for of_microbatch in losses:
         sums += of_microbatch
@@ -89,7 +90,11 @@ def forward(training: Training, microbatches: Sequence[Batch]) -> Float[Tensor, 
 
 
 def token_losses(
-    training: Training, stage: Transformer, batch: Batch, received: Tensors = ()
+    training: Training,
+    stage: Transformer,
+    microbatches: Sequence[Batch],
+    number: int,
+    received: Tensors = (),
 ) -> Float[Tensor, "2"]:
     """This rank's share of the summed cross-entropy of one microbatch.
 
@@ -98,12 +103,13 @@ def token_losses(
     Args:
         training: the device, and how cross-entropy is computed.
         stage: the model, or its last stage.
-        batch: the microbatch.
+        microbatches: of this rank.
+        number: which of them.
         received: from the stage before, if there is one.
     """
-    output = _run(training, stage, batch, received)
+    output = _run(training, stage, microbatches, number, received)
     assert isinstance(output, TransformerOutput), "not the last stage"
-    move, split = training.device, stage.split
+    move, split, batch = training.device, stage.split, microbatches[number]
     labels, documents = batch.labels.to(move), batch.document_ids.to(move)
     part = split.of(labels.shape[1])
     main = training.cross_entropy(output.logits, part.take_queries(labels), split.tensor)
@@ -122,8 +128,8 @@ def _compute(
     def compute(stage: nn.Module, number: int, received: Tensors) -> Tensors | Tensor:
         assert isinstance(stage, Transformer)
         if stage.is_last:
-            return token_losses(training, stage, microbatches[number], received) / valid
-        output = _run(training, stage, microbatches[number], received)
+            return token_losses(training, stage, microbatches, number, received) / valid
+        output = _run(training, stage, microbatches, number, received)
         assert isinstance(output, Handover)
         return output.tensors()
 
@@ -131,16 +137,23 @@ def _compute(
 
 
 def _run(
-    training: Training, stage: Transformer, batch: Batch, received: Tensors
+    training: Training,
+    stage: Transformer,
+    microbatches: Sequence[Batch],
+    number: int,
+    received: Tensors,
 ) -> TransformerOutput | Handover:
     """One microbatch through the model or a stage of it."""
-    move, images = training.device, batch.vision
+    batch, move = microbatches[number], training.device
+    images = batch.vision
     output: TransformerOutput | Handover = stage(
         batch.input_ids.to(move),
         batch.position_ids.to(move),
         batch.document_ids.to(move),
         images.to(move) if images is not None and stage.is_first else images,
         Handover.of(received, stage.config) if received else None,
+        # All but the last are of one size.
+        first_sequence=number * len(microbatches[0].labels),
     )
     return output
 

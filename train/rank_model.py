@@ -8,6 +8,7 @@ from parallel.sequence import SequenceSplit
 from train.model.attention.config import IndexerStage
 from train.model.attention.trained_indexer import TrainedIndexer
 from train.model.config import ModelConfig
+from train.model.engram import Engram
 from train.model.moe.layer import MoeLayer
 from train.model.transformer import Transformer
 
@@ -53,6 +54,14 @@ class RankModel:
     def indexers(self) -> list[TrainedIndexer]:
         """The indexers of sparse attention here, in order."""
         return [indexer for stage in self.stages for indexer in stage.indexers()]
+
+    def engram_layers(self) -> dict[int, Engram]:
+        """The memories here, by layer index, in order."""
+        return {
+            layer: engram
+            for stage in self.stages
+            for layer, engram in stage.engram_layers().items()
+        }
 
     @property
     def indexer_stage(self) -> IndexerStage | None:

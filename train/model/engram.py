@@ -17,7 +17,8 @@ from train.model.config import EngramConfig
 from train.model.engram_hash import HashGeometry, NgramHash
 from train.model.tokens import Tokens
 
-Lookup = Callable[[Int[Tensor, "batch seq columns"]], Float[Tensor, "batch seq columns head_dim"]]
+Lookup = Callable[[Tokens], Float[Tensor, "batch part columns head_dim"]]
+"""The rows of the n-grams that end at the rank's tokens."""
 
 _GATE_FLOOR = 1e-6
 """Lower bound under the root, where its slope would be infinite."""
@@ -47,7 +48,7 @@ class Engram(nn.Module):
     convolution is causal, depthwise, dilated by the highest order, and stops at document starts;
     V4.1 has none (`conv_kernel_size: 0`). `dead_token_id` is that of `NgramHash`.
 
-    `lookup` replaces the rank's own table by another source of rows, such as a sharded one.
+    `lookup` is another source of rows than a table of parameters; see `Transformer.remove_tables`.
 
     The table and the convolution start at 0 (the table's start is unpublished), so a model with
     Engram starts as the model without; the paper's zero convolution alone does not do that, because
@@ -70,7 +71,7 @@ class Engram(nn.Module):
         memory_size = len(config.ngram_orders) * config.num_heads * config.head_dim
         self.eps, self.dilation = eps, max(config.ngram_orders)
         self.hash = NgramHash(config, geometry, vocab_size, dead_token_id)
-        self.table = EngramTable(geometry.num_rows, config.head_dim)
+        self.table: EngramTable | None = EngramTable(geometry.num_rows, config.head_dim)
         self.lookup: Lookup | None = None
         self.value = nn.Linear(memory_size, hidden_size, bias=False)
         self.key = nn.Linear(memory_size, streams * hidden_size, bias=False)
@@ -80,8 +81,7 @@ class Engram(nn.Module):
         if taps := config.conv_kernel_size:
             self.conv_norm = nn.Parameter(torch.empty(streams, hidden_size))
             self.conv = nn.Parameter(torch.empty(taps, streams, hidden_size))
-        self.gate_mean: Float[Tensor, ""] | None = None
-        """Mean gate of the rank's tokens in the latest forward pass, for logging."""
+        self._gates: Float[Tensor, "2"] | None = None
 
     def forward(
         self,
@@ -89,10 +89,9 @@ class Engram(nn.Module):
         tokens: Tokens,
     ) -> Float[Tensor, "batch part streams hidden"]:
         """Add what the memory knows about the n-grams that end at each token."""
-        lookup: Lookup = self.lookup or self.table
-        memory = lookup(self._rows(tokens)).flatten(2).to(stream.dtype)
+        memory = self._look_up(tokens).flatten(2).to(stream.dtype)
         gate = self._gate(stream, self.key(memory).unflatten(-1, stream.shape[2:]))
-        self.gate_mean = gate.detach().mean()
+        self._count_gates(gate.detach())
         update = gate.unsqueeze(-1) * self.value(memory).unsqueeze(2)
         result: Tensor = stream + update
         if self.conv is None or self.conv_norm is None:
@@ -100,15 +99,27 @@ class Engram(nn.Module):
         normalised = self._normalise(update, self.conv_norm)
         return result + F.silu(self._convolve(normalised, self.conv, tokens))
 
-    def _rows(self, tokens: Tokens) -> Int[Tensor, "batch part columns"]:
-        """Rows of the n-grams that end at the rank's tokens: all ids are known, so nothing moves."""
-        runs = tokens.part.runs
-        hashed = []
-        for run, seen in zip(runs, reaching_back(runs, self.dilation - 1), strict=True):
-            places = slice(seen.start, seen.stop)
-            rows = self.hash(tokens.input_ids[:, places], tokens.document_ids[:, places])
-            hashed.append(rows[:, -len(run) :])
-        return _joined(hashed)
+    def take_gates(self) -> Float[Tensor, "2"]:
+        """Sum and number of the gates of this rank's tokens since the last call; starts over.
+
+        Passes that are repeated in backward count again, which the mean does not see.
+        """
+        taken, self._gates = self._gates, None
+        return torch.zeros(2) if taken is None else taken
+
+    def _count_gates(self, gate: Float[Tensor, "batch part streams"]) -> None:
+        if self.training:
+            wide = torch.promote_types(gate.dtype, torch.float32)
+            total = gate.sum(dtype=wide)
+            sums = torch.stack([total, torch.full_like(total, gate.numel())])
+            self._gates = sums if self._gates is None else self._gates + sums
+
+    def _look_up(self, tokens: Tokens) -> Float[Tensor, "batch part columns head_dim"]:
+        if self.lookup is not None:
+            return self.lookup(tokens)
+        assert self.table is not None, "the table was removed, and nothing looks rows up"
+        rows: Tensor = self.table(memory_rows(self.hash, tokens))
+        return rows
 
     def _convolve(
         self,
@@ -146,6 +157,17 @@ class Engram(nn.Module):
     ) -> Float[Tensor, "batch seq streams hidden"]:
         """RMSNorm with a weight per stream."""
         return F.rms_norm(x, x.shape[-1:], eps=self.eps) * weight
+
+
+def memory_rows(hashing: NgramHash, tokens: Tokens) -> Int[Tensor, "batch part columns"]:
+    """Rows of the n-grams that end at the rank's tokens: all ids are known, so nothing moves."""
+    runs = tokens.part.runs
+    hashed = []
+    for run, seen in zip(runs, reaching_back(runs, max(hashing.orders) - 1), strict=True):
+        places = slice(seen.start, seen.stop)
+        rows = hashing(tokens.input_ids[:, places], tokens.document_ids[:, places])
+        hashed.append(rows[:, -len(run) :])
+    return _joined(hashed)
 
 
 def _joined(runs: list[Tensor]) -> Tensor:

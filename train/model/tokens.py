@@ -27,6 +27,8 @@ class Tokens:
     pair_positions: Int[Tensor, "batch seq pairs"] | None = None
     """What each rotary pair turns by where that is not the place in the document, see
     `axis_positions`; None for text."""
+    first_sequence: int = 0
+    """Place of the first sequence among all that the rank has in the step."""
 
     @classmethod
     def whole(

@@ -104,6 +104,7 @@ class Transformer(nn.Module):
         document_ids: Int[Tensor, "batch seq"],
         images: VisionInput | None = None,
         received: Handover | None = None,
+        first_sequence: int = 0,
     ) -> TransformerOutput | Handover:
         """Logits of the next tokens; of a stage that is not the last, what the next one takes.
 
@@ -113,10 +114,14 @@ class Transformer(nn.Module):
             document_ids: document of each token; no token sees another document.
             images: what the placeholders among the tokens stand for; `check_images` has passed.
             received: from the stage before; None: this is the first.
+            first_sequence: place of the first sequence among all that the rank has in the step, for
+                what is injected.
         """
         pair_positions = self._pair_positions(images, input_ids.device)
         part = self.split.of(input_ids.shape[1])
-        tokens = Tokens(input_ids, position_ids, document_ids, part, pair_positions)
+        tokens = Tokens(
+            input_ids, position_ids, document_ids, part, pair_positions, first_sequence
+        )
         streams, next_embeddings = received or self._enter(tokens, images)
         for number, layer in enumerate(self.layers.values()):
             if self.blocks_per_segment and number % self.blocks_per_segment == 0:
@@ -232,6 +237,11 @@ class Transformer(nn.Module):
             for module in block.children()
             if isinstance(module, Engram)
         }
+
+    def remove_tables(self) -> None:
+        """Leave the rows of the memories to `Engram.lookup`: they are no parameters any more."""
+        for engram in self.engram_layers().values():
+            engram.table = None
 
     def parts(self) -> ModelParts:
         """What parallelism is applied to.
