@@ -4,11 +4,8 @@ The state after a batch travels with it, so batches that were prepared ahead but
 prepared again after a restart, and no bookkeeping is needed to stop at any step.
 """
 
-import threading
-import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from queue import Queue
 from typing import TypeAlias
 
 import numpy as np
@@ -17,6 +14,7 @@ from numpy.typing import NDArray
 from data.config import DataConfig
 from data.lanes import Lane, Stream, check_lanes, lane_name, lane_range
 from data.packing import Batch, Piece, pack
+from data.prefetch import prefetch
 from data.reader import SplitReader
 from data.shards import SPLITS, Manifest, corpus_fingerprint, file_sha256
 
@@ -81,7 +79,7 @@ def build_loader(
         for index in lane_range(num_lanes, data_rank, data_size)
     ]
     batches = _batches(lanes, global_batch_size // num_lanes, config.sequence_length)
-    return _Prefetcher(batches, config.prefetch_batches) if config.prefetch_batches else batches
+    return prefetch(batches, config.prefetch_batches)
 
 
 def fingerprint(config: DataConfig) -> str:
@@ -165,49 +163,3 @@ def _batches(
         sequences = [lane.next_sequence() for lane in lanes for _ in range(sequences_per_lane)]
         state = {lane_name(reader.lane.index): reader.lane.state() for reader in lanes}
         yield pack(sequences, sequence_length), state
-
-
-class _Prefetcher(Iterator[Item]):
-    """Prepares up to `depth` batches ahead in a thread, which ends with this object."""
-
-    def __init__(self, batches: Iterator[Item], depth: int) -> None:
-        self._queue: Queue[Item | Exception] = Queue(depth)
-        self._error: Exception | None = None
-        stop = threading.Event()
-        # The thread must not hold this object, or it would never be collected.
-        thread = threading.Thread(
-            target=_produce, args=(batches, self._queue, stop), name="data-loader", daemon=True
-        )
-        thread.start()
-        self._close = weakref.finalize(self, _stop, thread, stop, self._queue)
-
-    def __next__(self) -> Item:
-        if self._error is None:
-            item = self._queue.get()
-            if not isinstance(item, Exception):
-                return item
-            self._error = item
-        raise self._error
-
-
-def _produce(
-    batches: Iterator[Item], queue: "Queue[Item | Exception]", stop: threading.Event
-) -> None:
-    while not stop.is_set():
-        try:
-            queue.put(next(batches))
-        except Exception as error:  # the consumer raises it
-            queue.put(error)
-            return
-
-
-def _stop(
-    thread: threading.Thread, stop: threading.Event, queue: "Queue[Item | Exception]"
-) -> None:
-    """Runs when the prefetcher is collected, and before the interpreter exits."""
-    stop.set()
-    # Room for the one batch that the thread may still put before it looks at `stop`.
-    while not queue.empty():
-        queue.get_nowait()
-    if thread is not threading.current_thread():  # a garbage collection may run in any thread
-        thread.join()

@@ -14,6 +14,7 @@ from launch.schema import without
 from parallel.layout import ParallelLayout
 from parallel.runs import length_problem
 from train.config import RunConfig
+from train.memory_rules import problems as memory_problems
 from train.model.rules import tensor_parallel_violations, violations
 from train.pipeline_rules import problems as pipeline_problems
 from train.recipe import from_plain, to_plain
@@ -217,11 +218,7 @@ def _data_engine(config: RunConfig) -> Problems:
 
 
 def _engram_tables(config: RunConfig) -> Problems:
-    if config.parallel.engram.storage != "device":
-        yield (
-            f"parallel.engram.storage={config.parallel.engram.storage}: tables in host memory are "
-            "not built yet; use device"
-        )
+    yield from memory_problems(config)
 
 
 def _model(config: RunConfig) -> Problems:

@@ -75,8 +75,8 @@ class ZeroEngine:
         self._engine._backward_prologue()
         loss.backward()  # type: ignore[no-untyped-call]
 
-    def clip_gradients(self) -> Float[Tensor, ""]:
-        """The global gradient norm before clipping; `step` clips.
+    def clip_gradients(self, further_square: float = 0.0) -> Float[Tensor, ""]:
+        """The global gradient norm before clipping; `step` clips, by the model's norm alone.
 
         Communication: an all-reduce of one number for each parameter group, and of one more.
 
@@ -84,6 +84,7 @@ class ZeroEngine:
             RuntimeError: some rank has a parameter that got no gradient. DeepSpeed would take 0,
                 or at stage 3 that of the step before.
         """
+        assert further_square == 0.0, "refused by train.memory_rules"
         missing = self._parameters.keys() - self._reached
         self._reached.clear()
         if sum_over(torch.tensor(len(missing))).item():

@@ -17,6 +17,7 @@ def clip_by_global_norm(
     *,
     stage_size: int,
     sum_dtype: torch.dtype = torch.float64,
+    further_square: float = 0.0,
 ) -> Float[Tensor, ""]:
     """Scale all gradients down, in place, so that their global L2 norm is at most `max_norm`.
 
@@ -32,6 +33,8 @@ def clip_by_global_norm(
         max_norm: bound of the norm.
         stage_size: ranks of a pipeline stage; those of other stages have other parameters.
         sum_dtype: type of the sum; fp32 where the device has no fp64.
+        further_square: sum of the squares of gradients that are no parameters', and that no other
+            rank counts.
 
     Returns:
         The norm before clipping, the same on every rank.
@@ -43,7 +46,7 @@ def clip_by_global_norm(
     missing = [name for name, p in trained.items() if p.grad is None]
     gradients = [p.grad for p in trained.values() if p.grad is not None]
     device = next(iter(parameters.values())).device
-    square = torch.zeros((), dtype=sum_dtype, device=device)
+    square = torch.full((), further_square, dtype=sum_dtype, device=device)
     for gradient in gradients:
         local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
         norm = torch.linalg.vector_norm(local, dtype=sum_dtype)
@@ -56,11 +59,16 @@ def clip_by_global_norm(
             "take part in the loss"
         )
     norm = torch.sqrt(total)
-    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    scale = clip_scale(norm, max_norm)
     for gradient in gradients:
         local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
         local.mul_(scale.to(local.dtype))
     return norm
+
+
+def clip_scale(norm: Float[Tensor, ""], max_norm: float) -> Float[Tensor, ""]:
+    """What gradients of a norm are multiplied by, so that it is at most `max_norm`."""
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
 def replicas(gradient: Tensor, stage_size: int) -> int:

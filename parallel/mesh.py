@@ -6,10 +6,12 @@ meshes like any other, so nothing downstream has a special case for an absent ax
 """
 
 from dataclasses import dataclass
+from datetime import timedelta
 
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from parallel.layout import DENSE_AXES, EXPERT_AXES, ParallelLayout
+from parallel.layout import DENSE_AXES, EXPERT_AXES, STAGE_AXES, ParallelLayout
 from parallel.torch_compat import flatten_mesh, unflatten_mesh
 
 
@@ -94,3 +96,25 @@ def build_mesh(layout: ParallelLayout, device_type: str) -> Meshes:
             by_stage["stage_copies", "full_shard"] if copies > 1 else by_stage["full_shard"]
         ),
     )
+
+
+def host_group(layout: ParallelLayout, timeout_seconds: float) -> dist.ProcessGroup | None:
+    """A group of its own over the ranks of this rank's pipeline stage, for data in host memory.
+
+    Communication: creates process groups, so all ranks of the world call it.
+
+    Args:
+        layout: of the world.
+        timeout_seconds: a collective that waits longer fails.
+
+    Returns:
+        None if the stage is one rank.
+    """
+    if layout.stage_size == 1:
+        return None
+    own = None
+    for ranks in layout.groups(*STAGE_AXES):
+        group = dist.new_group(ranks, timedelta(seconds=timeout_seconds), backend="gloo")
+        if dist.get_rank() in ranks:
+            own = group
+    return own

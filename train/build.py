@@ -26,6 +26,10 @@ from parallel.pipeline_stages import PipelineStages
 from parallel.torch_compat import find_cpp_compiler
 from train.config import RunConfig
 from train.engine import DataEngine, FullyShardedEngine
+from train.memory import HostMemory
+from train.memory_build import build_memory
+from train.memory_rules import problems as memory_problems
+from train.memory_rules import tables_in_host_memory
 from train.model.config import ModelConfig
 from train.model.engram_hash import compress_vocabulary
 from train.model.initialize import fill_buffers, parameter_init
@@ -60,6 +64,8 @@ class Training:
     """This rank's index among the ranks that see different sequences."""
     data_size: int
     """Number of ranks that see different sequences."""
+    memory: HostMemory | None = None
+    """Engram's tables of this rank's stages in host memory; None: there are none there."""
 
     def phase(self, step: int) -> Phase:
         """What batches optimizer step `step` trains on."""
@@ -116,7 +122,7 @@ def build(config: RunConfig) -> Training:
             f"started; start {layout.world_size}"
         )
     found = [*tensor_parallel_violations(config.model, layout.tensor), *problems(config)]
-    if found := [*found, *data_engine_problems(config)]:
+    if found := [*found, *data_engine_problems(config), *memory_problems(config)]:
         raise ValueError("\n".join(found))
     device = backend.device(int(os.environ["LOCAL_RANK"]))
     check_compiler(config.model, device)
@@ -138,6 +144,16 @@ def build(config: RunConfig) -> Training:
         engine = fully_sharded_engine(config, model, meshes, sum_dtype(backend))
     for stage in model.stages:
         compress_memory_keys(stage, config.data)
+    memory = None
+    if tables_in_host_memory(config):
+        memory = build_memory(
+            config,
+            backend,
+            layout,
+            model,
+            device=device,
+            dtype=DTYPES[config.train.dtype],
+        )
     return Training(
         config=config,
         backend=backend,
@@ -149,6 +165,7 @@ def build(config: RunConfig) -> Training:
         cross_entropy=kernels.cross_entropy,
         data_rank=layout.data_rank(dist.get_rank()),
         data_size=layout.data_parallel_size,
+        memory=memory,
     )
 
 
@@ -206,6 +223,8 @@ def build_stage(
     master_dtype = torch.float64 if config.train.dtype == "fp64" else torch.float32
     with torch.device("meta"):
         model = Transformer(config.model, layers).to(master_dtype)
+    if tables_in_host_memory(config):
+        model.remove_tables()
     model.recompute(config.train.recompute)
     inits = parameter_init(model)
     apply_parallelism(

@@ -11,6 +11,7 @@ from train.model.attention.config import IndexerStage
 from train.model.config import ModelConfig, Recompute
 
 TableKind = Literal["engram", "embedding", "head"]
+EngramOptimizer = Literal["adam", "adagrad", "sinkhorn"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,6 +38,10 @@ class OptimConfig:
     """Added to the root of AdamW's second moment."""
     weight_decay: float = 0.1
     """Decoupled decay of weight matrices; norms, biases, gates and Engram tables have none."""
+    engram_optimizer: EngramOptimizer = "adam"
+    """Of Engram tables in host memory (`parallel.engram.storage`), which changes the rows that a step
+    reads and no others. adam: AdamW's, with a count of steps for each row; adagrad: one number a row;
+    sinkhorn: the balanced momentum of `table_optimizer`. On the device the keys above decide."""
     engram_learning_rate_multiplier: float = 5.0
     """Learning rate of Engram tables over that of the backbone (Engram, appendix A)."""
     max_grad_norm: float = 1.0

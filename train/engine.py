@@ -29,8 +29,12 @@ class DataEngine(Protocol):
             last: whether no other microbatch of this step follows.
         """
 
-    def clip_gradients(self) -> Float[Tensor, ""]:
+    def clip_gradients(self, further_square: float = 0.0) -> Float[Tensor, ""]:
         """Bound the global L2 norm of the gradients of a whole step by `optim.max_grad_norm`.
+
+        Args:
+            further_square: sum of the squares of gradients outside the model that are clipped with
+                it, those that this rank counts.
 
         Returns:
             The norm before clipping, the same on every rank.
@@ -82,13 +86,14 @@ class FullyShardedEngine:
         set_gradient_sync(model, last)
         loss.backward()  # type: ignore[no-untyped-call]
 
-    def clip_gradients(self) -> Float[Tensor, ""]:
+    def clip_gradients(self, further_square: float = 0.0) -> Float[Tensor, ""]:
         """Clip in place; see `clip_by_global_norm`."""
         return clip_by_global_norm(
             dict(self._model.named_parameters()),
             self._max_grad_norm,
             stage_size=self._stage_size,
             sum_dtype=self._sum_dtype,
+            further_square=further_square,
         )
 
     def step(self, learning_rate: float) -> None:

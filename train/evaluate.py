@@ -1,5 +1,6 @@
 """Loss on held-out shards: the same sequences every time, so that curves compare."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -34,7 +35,9 @@ def evaluate(training: Training) -> Record:
     check_batch(training, batch)
     training.model.eval()
     sums = torch.zeros(2, dtype=training.sum_dtype, device=training.device)
-    sums[0] = forward(training, split(batch, config.train.micro_batch_size))[0]
+    memory = training.memory
+    with memory.reading(batch) if memory is not None else nullcontext():
+        sums[0] = forward(training, split(batch, config.train.micro_batch_size))[0]
     labels = training.model.split.of(batch.labels.shape[1]).take(batch.labels)
     # Every stage of a pipeline counts them.
     sums[1] = (labels >= 0).sum() / training.meshes.pp.size()

@@ -10,17 +10,24 @@ import torch
 import torch.distributed as dist
 
 from data.loader import Batch, build_loader, fingerprint
+from data.prefetch import prefetch
 from parallel.collectives import sum_over
+from parallel.engram_plan import StepPlan
 from parallel.traffic import take_sent
 from parallel.volume import Axis
 from train.build import Training, build
 from train.checkpoint.state import Progress, restore, save
 from train.config import RunConfig
 from train.evaluate import evaluate
+from train.memory import HostMemory
 from train.metrics import MetricsLog, Record, append_event, open_sinks
 from train.stages import Phase, phases
 from train.step import train_step
 from train.stop import STOPPED_EXIT_CODE, StopRequest
+
+
+Item = tuple[Phase, Batch, dict[str, str]]
+"""A batch, its phase, and the positions in the data after it."""
 
 
 def train(config: RunConfig, run_dir: Path, stop: StopRequest) -> int:
@@ -104,10 +111,32 @@ def open_log(
     return stack.enter_context(MetricsLog(run_dir, sinks, restored_step))
 
 
-def open_batches(
-    training: Training, progress: Progress
-) -> Iterator[tuple[Phase, Batch, dict[str, str]]]:
+def open_batches(training: Training, progress: Progress) -> Iterator[Item]:
     """This rank's part of every global batch after `progress`, with its phase.
+
+    With Engram's tables in host memory, the plan of what a batch reads is made where the batch is,
+    and announced while the step before has yet to run. What was only looked at is not counted as
+    seen: the positions in the data go with the batch.
+    """
+    planned = _planned_batches(training, progress)
+    if training.memory is None:
+        yield from (item for item, _ in planned)
+        return
+    before = None
+    for step, (item, plan) in enumerate(planned, start=progress.step + 1):
+        assert plan is not None, "planned for the memory"
+        training.memory.announce(step, plan)
+        if before is not None:
+            yield before
+        before = item
+    if before is not None:
+        yield before
+
+
+def _planned_batches(
+    training: Training, progress: Progress
+) -> Iterator[tuple[Item, StepPlan | None]]:
+    """Batches and what they read of the tables in host memory, if there are any.
 
     Where batches change their shape a new loader goes on at the lanes' positions: no document is
     lost or read twice, and the positions do not depend on the shapes.
@@ -122,6 +151,7 @@ def open_batches(
                 config.data,
                 sequence_length=phase.sequence_length,
                 num_lanes=training.num_lanes,
+                prefetch_batches=0,
             ),
             split="train",
             seed=config.train.seed,
@@ -130,10 +160,18 @@ def open_batches(
             data_size=training.data_size,
             state=data_state,
         )
+        ahead = prefetch(_with_plans(training.memory, loader), config.data.prefetch_batches)
         for _ in steps:
-            batch, data_state = next(loader)
-            yield phase, batch, data_state
-        del loader  # ends its thread, and what it prepared ahead is prepared again
+            batch, data_state, plan = next(ahead)
+            yield (phase, batch, data_state), plan
+        del ahead  # ends its thread, and what it prepared ahead is prepared again
+
+
+def _with_plans(
+    memory: HostMemory | None, loader: Iterator[tuple[Batch, dict[str, str]]]
+) -> Iterator[tuple[Batch, dict[str, str], StepPlan | None]]:
+    for batch, data_state in loader:
+        yield batch, data_state, None if memory is None else memory.plan(batch)
 
 
 def batch_shape(phase: Phase) -> Record:

@@ -15,11 +15,13 @@ from torch import Tensor
 
 from data.loader import Batch
 from parallel.collectives import largest_over, sum_over
+from parallel.gradients import clip_scale
 from train.build import Training
 from train.metrics import Record
 from train.microbatches import forward_backward, split
 from train.model.mtp import mtp_labels
 from train.model.multimodal.placeholders import check_images
+from train.monitor.engram import engram_metrics, engram_sums
 from train.monitor.indexer import indexer_metrics
 from train.monitor.routing import routing_metrics
 from train.optim.schedule import learning_rate, mtp_loss_weight
@@ -53,27 +55,80 @@ def train_step(
         model.set_indexer_stage(phase.indexer_stage)
     valid, tokens = count_labels(training, batch)
     set_loss_scales(training, phase.global_batch_size, tokens)
+    if training.memory is not None:
+        training.memory.start(step, batch)
     sums = torch.zeros(3, dtype=training.sum_dtype, device=training.device)
     microbatches = split(batch, phase.micro_batch_size)
     sums[:2] = forward_backward(training, microbatches, valid=valid, mtp_weight=mtp_weight)
     sums[2] = sum(moe.take_balance_loss() for moe in model.moe_layers())
-    sums = sum_over(sums)
+    memory_square = reduce_memory_gradients(training, step)
+    sums = sum_over(with_engram_sums(training, sums))
     if on_gradients is not None:
         on_gradients()
-    gradient_norm = training.engine.clip_gradients().item()
-    loss_main, loss_mtp, loss_balance = sums.tolist()
+    gradient_norm = training.engine.clip_gradients(memory_square)
+    loss_main, loss_mtp, loss_balance = sums[:3].tolist()
     indexing = reduce_indexer_sums(training, tokens)
     loss = loss_main + mtp_weight * loss_mtp + loss_balance
     loss += indexing.get("loss_indexer", 0.0)
-    guard_finite(step, loss=loss, gradient_norm=gradient_norm)
+    guard_finite(step, loss=loss, gradient_norm=gradient_norm.item())
 
     rate = phase.learning_rate or learning_rate(config.optim, step, config.train.steps)
+    update_memory(training, step, rate, gradient_norm)
     training.engine.step(rate)
     record: Record = {"loss": loss, "loss_main": loss_main}
     if config.model.mtp_depth:
         record["loss_mtp"] = loss_mtp
-    record |= {"loss_balance": loss_balance, "grad_norm": gradient_norm, "learning_rate": rate}
+    norm = gradient_norm.item()
+    record |= {"loss_balance": loss_balance, "grad_norm": norm, "learning_rate": rate}
+    if config.model.engram is not None:
+        record |= engram_metrics(sums[3:])
     return record | indexing | update_router_bias(training)
+
+
+def reduce_memory_gradients(training: Training, step: int) -> float:
+    """Give the gradients of tables in host memory to the owners of the rows.
+
+    Communication: see `parallel.engram_exchange`, over the ranks of the pipeline stage.
+
+    Returns:
+        Sum of the squares of the gradients of the rows that this rank owns; 0 without such tables,
+        and while the model is frozen.
+    """
+    if training.memory is None or training.model.is_frozen:
+        return 0.0
+    return training.memory.reduce(step)
+
+
+def with_engram_sums(training: Training, sums: Float[Tensor, "sums"]) -> Float[Tensor, "all_sums"]:
+    """The sums, and what Engram's metrics need, if the model has it."""
+    if training.config.model.engram is None:
+        return sums
+    stats = None if training.memory is None else training.memory.take_stats()
+    return torch.cat([sums, engram_sums(training.model.engram_layers().values(), stats, sums)])
+
+
+def update_memory(
+    training: Training, step: int, learning_rate: float, gradient_norm: Float[Tensor, ""]
+) -> None:
+    """Let the owners change the rows of tables in host memory; the step goes on meanwhile.
+
+    Args:
+        training: of the tables.
+        step: that ends.
+        learning_rate: of the schedule.
+        gradient_norm: of the whole model, by which rows are clipped as parameters are.
+    """
+    memory, optim = training.memory, training.config.optim
+    if memory is None:
+        return
+    if training.model.is_frozen:
+        memory.skip(step)
+        return
+    memory.update(
+        step,
+        learning_rate=learning_rate * optim.engram_learning_rate_multiplier,
+        scale=clip_scale(gradient_norm, optim.max_grad_norm).item(),
+    )
 
 
 def check_batch(training: Training, batch: Batch) -> None:

@@ -19,9 +19,11 @@ from parallel.pipeline_stages import PipelineStages
 from parallel.volume import AXES, Axis, Sharded, gather_bytes, sum_bytes
 from train.build import DTYPES
 from train.config import RunConfig
+from train.memory_rules import tables_in_host_memory
 from train.model.streams import empty_handover
 from train.model.traffic import Microbatch, Sent, block_traffic, embedding_traffic, head_traffic
 from train.model.transformer import Transformer
+from train.monitor.engram import NUM_SUMS
 from train.optim.traffic import update_traffic
 from train.stages import Phase, phases
 
@@ -65,6 +67,9 @@ def step_volume(
     stages = PipelineStages.from_config(config.parallel, config.model.num_layers)
     with torch.device("meta"):
         own = [Transformer(config.model, stages.layers[i]) for i in stages.of_rank(place["pp"])]
+    if tables_in_host_memory(config):
+        for model in own:
+            model.remove_tables()
     if phase.indexer_stage is not None:
         for model in own:
             model.set_indexer_stage(phase.indexer_stage)
@@ -220,7 +225,7 @@ class _Step:
         model, ranks = self.config.model, self.layout.world_size
         stage = self.phase.indexer_stage or model.indexer.stage
         learns = model.num_indexers > 0 and stage != "dense"
-        numbers = 3 + 3 + 2 + 4 * learns
+        numbers = 3 + 3 + 2 + 4 * learns + (NUM_SUMS if model.engram is not None else 0)
         yield "world", sum_bytes(numbers * self.sum_itemsize, ranks)
         counts = self.config.model.num_moe_layers * model.moe.num_experts + (
             model.vision is not None

@@ -95,7 +95,7 @@ class PlainEngine:
     def backward(self, loss: Tensor, *, last: bool) -> None:
         torch.autograd.backward(loss)
 
-    def clip_gradients(self) -> Tensor:
+    def clip_gradients(self, further_square: float = 0.0) -> Tensor:
         return torch.nn.utils.clip_grad_norm_(self.named.values(), self.max_norm)
 
     def step(self, learning_rate: float) -> None:
@@ -191,9 +191,9 @@ def train_rank(rank: int, config: RunConfig) -> list[dict[str, Any]]:
     seen: list[Arrays] = []
     clip = training.engine.clip_gradients
 
-    def observe() -> Tensor:
+    def observe(further_square: float = 0.0) -> Tensor:
         seen.append(gradients(training))
-        return clip()
+        return clip(further_square)
 
     training.engine.clip_gradients = observe  # type: ignore[method-assign]
     found = []

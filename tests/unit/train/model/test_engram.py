@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tests.tokens import tokens_of
 from tests.unit.train.model.tiny import FULL, MEMORY, build, packed, with_changes
-from train.model.engram import Engram, causal_depthwise_conv
+from train.model.engram import Engram, causal_depthwise_conv, memory_rows
 from train.model.engram_hash import hash_geometries
 
 
@@ -38,6 +38,7 @@ def test_equals_the_released_formula_on_one_document(streams: int) -> None:
     found = made(stream, tokens_of(documents, documents, ids))
 
     rows = made.hash(ids, documents)
+    assert made.table is not None
     embedded = made.table.weight[rows].flatten(2)
     update = torch.zeros(9, streams, 6)
     gates = []
@@ -59,8 +60,9 @@ def test_equals_the_released_formula_on_one_document(streams: int) -> None:
     conv = F.conv1d(F.pad(channels, (9, 0)), taps, groups=streams * 6, dilation=3)
     wanted = stream[0] + update + F.silu(conv)[0].T.view(9, streams, 6)
     torch.testing.assert_close(found[0], wanted, rtol=1e-4, atol=1e-5)
-    assert made.gate_mean is not None
-    assert abs(float(made.gate_mean) - sum(gates) / len(gates)) < 1e-5
+    total, number = made.take_gates().tolist()
+    assert (total, number) == (pytest.approx(sum(gates), rel=1e-5), len(gates))
+    assert made.take_gates().tolist() == [0, 0]
 
 
 def test_convolution_stops_at_documents_and_has_exact_gradients() -> None:
@@ -93,9 +95,9 @@ def test_injected_lookup_replaces_the_table() -> None:
     ids, _, documents = packed((6,))
     stream = torch.randn(2, 6, 2, 6)
     wanted = made(stream, tokens_of(documents, documents, ids))
-    elsewhere = made.table.weight.detach().clone()
-    torch.nn.init.zeros_(made.table.weight)
-    made.lookup = lambda rows: elsewhere[rows]
+    assert made.table is not None
+    elsewhere, made.table = made.table.weight.detach(), None
+    made.lookup = lambda tokens: elsewhere[memory_rows(made.hash, tokens)]
     assert torch.equal(made(stream, tokens_of(documents, documents, ids)), wanted)
 
 
@@ -104,6 +106,7 @@ def test_zero_table_learns_from_the_first_step_and_only_where_it_was_read() -> N
     batch = packed((5, 7))
     model(*batch).logits.square().sum().backward()
     engram = model.engram_layers()[1]
+    assert engram.table is not None
     grad = engram.table.weight.grad
     assert grad is not None
     assert grad.isfinite().all()

@@ -194,6 +194,8 @@ def test_engram_adds_before_the_shifted_read() -> None:
         lambda _, args: seen.append(args[0])
     )
     model(*batch)
-    model.engram_layers()[1].table.weight.data.mul_(2)
+    table = model.engram_layers()[1].table
+    assert table is not None
+    table.weight.data.mul_(2)
     model(*batch)
     assert not torch.allclose(seen[0], seen[1])
