@@ -7,7 +7,7 @@ by uneven all-to-alls on a group of its own (gloo), which no other thread may us
 import datetime
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ class Job(IntEnum):
     LOOKUP = 6
 
 
+@runtime_checkable
 class Source(Protocol):
     """What a fetch needs of the owner's rows."""
 

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,7 @@ from parallel.engram_plan import StepPlan
 from parallel.engram_tree import sum_of_squares, tree_sum
 
 
+@runtime_checkable
 class Rows(Source, Protocol):
     """The rows of one rank and their optimizer; `parallel.engram_rows.RowStore`."""
 

@@ -60,7 +60,10 @@ def tree_sum_at(
     inside = [place for place in leaves if start <= place < start + 2 * half]
     if len(inside) < 2:
         return leaves[inside[0]] if inside else None
-    left, right = tree_sum_at(leaves, start, level - 1), tree_sum_at(leaves, start + half, level - 1)
+    left, right = (
+        tree_sum_at(leaves, start, level - 1),
+        tree_sum_at(leaves, start + half, level - 1),
+    )
     if left is None or right is None:
         return right if left is None else left
     return left + right
