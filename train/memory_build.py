@@ -1,11 +1,14 @@
 """Engram's tables of this rank in host memory, put together; called by `train.build`."""
 
+import platform
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from parallel.backend.base import Backend
+from parallel.config import EngramTableConfig
 from parallel.engram_optimizers import LazyAdam, RowAdagrad, RowOptimizer, SinkhornMomentum
 from parallel.engram_rows import RowStore
 from parallel.engram_service import TableService
@@ -48,18 +51,20 @@ def build_memory(
         return None
     geometry = MemoryGeometry.of(engrams)
     rank, ranks = (0, 1) if group is None else (group.rank(), group.size())
-    exact = config.train.dtype == "fp64"
+    in_fp64 = config.train.dtype == "fp64"
+    assert tables.storage != "device", "the tables are parameters"
     store = RowStore(
         geometry.num_rows,
         geometry.head_dim,
         row_optimizer(config.optim),
         rank=rank,
         ranks=ranks,
-        dtype="fp64" if exact else tables.dtype,
+        dtype=tables.dtype,
         storage=tables.storage,
         seed=config.train.seed,
-        path=None if tables.path is None else Path(tables.path),
+        path=table_path(tables, layout),
         huge_pages=tables.huge_pages,
+        master=np.float64 if in_fp64 else np.float32,
     )
     data = layout.data_rank(dist.get_rank()), layout.data_parallel_size
     memory = HostMemory(
@@ -71,11 +76,30 @@ def build_memory(
         backend=backend,
         device=device,
         dtype=dtype,
-        master_dtype=torch.float64 if exact else torch.float32,
+        master_dtype=torch.float64 if in_fp64 else torch.float32,
     )
     for layer, engram in engrams.items():
         memory.attach(layer, engram)
     return memory
+
+
+def table_path(tables: EngramTableConfig, layout: ParallelLayout) -> Path | None:
+    """Where this rank's files are; ranks of several pipeline stages may be on one node.
+
+    Raises:
+        ValueError: the directory of the recipe does not exist on this node.
+    """
+    if tables.path is None:
+        return None
+    directory = Path(tables.path)
+    if not directory.is_dir():
+        raise ValueError(
+            f"parallel.engram.path={directory}: no such directory on {platform.node()}; make it "
+            "first, on every node"
+        )
+    own = directory / f"pipeline-{layout.coordinates(dist.get_rank())['pp']}"
+    own.mkdir(exist_ok=True)
+    return own
 
 
 def row_optimizer(config: OptimConfig) -> RowOptimizer:

@@ -13,7 +13,7 @@ from parallel.config import EngramPrefetch, EngramTableConfig, ParallelConfig, P
 from parallel.engram_rows import RowStore
 from parallel.layout import ParallelLayout
 from tests.harness import run_distributed
-from tests.parity.test_layouts import ADAMW, recipe
+from tests.parity.test_layouts import ADAMW, STEPS, recipe
 from tests.parity.test_layouts_dsa import STAGES, sparse_recipe
 from tests.parity.test_layouts_pipeline import (
     WITH_CONTEXT_2,
@@ -112,7 +112,7 @@ def run(config: RunConfig) -> list[dict[str, Any]]:
 
 
 def assert_same(found: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> None:
-    for step, (ours, theirs) in enumerate(zip(found, wanted, strict=False), start=1):
+    for step, (ours, theirs) in enumerate(zip(found, wanted, strict=True), start=1):
         for name in LOSSES:
             if name in theirs:
                 assert ours[name] == pytest.approx(theirs[name], rel=1e-12), (step, name)
@@ -130,8 +130,8 @@ def assert_bitwise(found: list[dict[str, Any]], again: list[dict[str, Any]]) -> 
 
 
 @cache
-def reference(corpus: Path) -> list[dict[str, Any]]:
-    return run(on_one_rank_with_tables(stack(corpus)))
+def reference(corpus: Path, steps: int = STEPS) -> list[dict[str, Any]]:
+    return run(of_steps(on_one_rank_with_tables(stack(corpus)), steps))
 
 
 def on_one_rank_with_tables(config: RunConfig) -> RunConfig:
@@ -160,7 +160,7 @@ SPLIT: list[PipelineSchedule] = ["interleaved_zero_bubble", "zbv", "dualpipev"]
 def test_spread_over_ranks_they_are_those_of_one_rank(tiny_corpus: Path) -> None:
     """Data and tensor parallel, in a V whose backward passes are split: all at once."""
     config = in_pipeline(stack(tiny_corpus, data=2, micro=1), 2, "zbv")
-    assert_same(run(of_two_steps(config)), reference(tiny_corpus))
+    assert_same(run(of_steps(config, 2)), reference(tiny_corpus, 2))
 
 
 @pytest.mark.slow
@@ -255,10 +255,11 @@ def test_bf16_rows_and_gradients_are_those_of_one_rank(
             assert np.array_equal(ours["tensors"][name], value), name
 
 
-def of_two_steps(config: RunConfig) -> RunConfig:
-    return replace(config, train=replace(config.train, steps=2))
+def of_steps(config: RunConfig, steps: int) -> RunConfig:
+    return replace(config, train=replace(config.train, steps=steps))
 
 
-def of_steps(config: RunConfig, steps: int, prefetch: EngramPrefetch) -> RunConfig:
-    config = in_host_memory(config, prefetch=prefetch)
-    return replace(config, train=replace(config.train, steps=steps, dtype="fp32"))
+def trained_for_long(config: RunConfig, prefetch: EngramPrefetch) -> list[dict[str, Any]]:
+    config = in_host_memory(of_steps(config, 50), prefetch=prefetch)
+    train = replace(config.train, dtype="fp32")
+    return run(replace(config, train=train, evaluate=replace(config.evaluate, every_steps=0)))
