@@ -53,9 +53,9 @@ class ServiceStats:
 
 
 class TableService(Generic[Store]):
-    """Reads and trains the rows of Engram's tables; see the module.
+    """Reads and trains the rows of Engram's tables; see the module. One thread calls it.
 
-    Every method raises `EngramServiceError` once the service has failed.
+    Every method but `close` raises `EngramServiceError` once the service has failed.
     """
 
     def __init__(
@@ -99,6 +99,7 @@ class TableService(Generic[Store]):
             RuntimeError: two announced steps have had neither `update` nor `skip`.
             ValueError: the plan is for other tables or another number of ranks.
         """
+        self._thread.check()
         running = [announced.step for announced in self._announced]
         if len(running) == 2 or step in running:
             raise RuntimeError(
@@ -209,8 +210,7 @@ class TableService(Generic[Store]):
         self._thread.close(self._side.timeout.total_seconds())
 
     def _oldest(self, step: int, call: str) -> Announced:
-        if self._thread.error is not None:
-            raise self._thread.error
+        self._thread.check()
         announced = [a.step for a in self._announced]
         if not announced or announced[0] != step:
             raise RuntimeError(

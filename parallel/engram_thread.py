@@ -53,6 +53,13 @@ class JobThread:
         with self._lock:
             return self._promise()
 
+    def check(self) -> None:
+        """Raise what `submit` would raise now."""
+        if self.error is not None:
+            raise self.error
+        if self._closed:
+            raise RuntimeError(f"Engram: the tables of {self.owner} are closed")
+
     def close(self, timeout_seconds: float) -> None:
         """Take no more jobs and wait for those at hand; after a failure there are none."""
         with self._lock:
@@ -62,10 +69,7 @@ class JobThread:
         self._thread.join(timeout_seconds)
 
     def _promise(self) -> "Future[Any]":
-        if self.error is not None:
-            raise self.error
-        if self._closed:
-            raise RuntimeError(f"Engram: the tables of {self.owner} are closed")
+        self.check()
         future: Future[Any] = Future()
         self._promised.add(future)
         future.add_done_callback(self._promised.discard)

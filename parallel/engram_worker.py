@@ -5,6 +5,7 @@ Each method is one job, the same one on all ranks that share the tables, and sta
 
 import time
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
@@ -29,10 +30,15 @@ from parallel.engram_exchange import (
 from parallel.engram_plan import StepPlan
 from parallel.engram_tree import sum_of_squares, tree_sum
 
+SumOver = Callable[[NDArray[np.int64]], NDArray[np.int64]]
+
 
 @runtime_checkable
 class Rows(Source, Protocol):
     """The rows of one rank and their optimizer; `parallel.engram_rows.RowStore`."""
+
+    sum_over: SumOver | None
+    """Is set to a sum over all ranks, for updates that need one; None: there is one rank."""
 
     @property
     def num_rows(self) -> int:
@@ -92,6 +98,7 @@ class TableWorker:
     def __init__(self, store: Rows, side: SideGroup, prefetch: EngramPrefetch) -> None:
         """Of the thread from now on, `store` and `side` too."""
         self._store, self._side, self._prefetch = store, side, prefetch
+        store.sum_over = side.sum if side.ranks > 1 else None
         self._running: deque[_Running] = deque()
 
     def announce(self, current: Announced) -> None:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Literal
 
 import numpy as np
 import torch.distributed as dist
@@ -36,11 +37,15 @@ def step_gradients(step: int, values: NDArray[np.floating]) -> NDArray[np.floati
     random = np.random.default_rng([2, step])
     size = 10 ** random.uniform(-4, 0, (TOKENS, COLUMNS, 1))
     noise = (random.standard_normal((TOKENS, COLUMNS, WIDTH)) * size).astype(values.dtype)
-    return noise + noise * values
+    noise += noise * values
+    return noise
 
 
 def is_skipped(step: int) -> bool:
     return step % NOTHING_APPLIED == NOTHING_APPLIED - 1
+
+
+Master = Literal["float32", "float64"]
 
 
 @dataclass(frozen=True)
@@ -53,23 +58,23 @@ class Course:
 
 
 @cache
-def plain_course(steps: int, master: type[np.floating] = np.float32) -> Course:
+def plain_course(steps: int, master: Master = "float32") -> Course:
     """On one rank, without any of the code under test; sums by the recursive tree."""
-    store, read, squares = PlainStore(ROWS, WIDTH, master=master), [], []
+    store, read, squares = PlainStore(ROWS, WIDTH, master=np.dtype(master).type), [], []
     levels = int(PLACES.max()).bit_length()
     for step in range(steps):
         ids = step_ids(step)
         read.append(store.table[ids])
         gradients = step_gradients(step, read[-1])
-        sums = {}
-        for row in np.unique(ids):
+        rows, sums = np.unique(ids), []
+        for row in rows:
             at = np.argwhere(ids == row)
             leaves = {int(PLACES[t]): gradients[t, c] for t, c in at}
-            sums[row] = tree_sum_at(leaves, 0, levels)
-        values = np.stack(list(sums.values()))
+            sums.append(tree_sum_at(leaves, 0, levels))
+        values = np.array(sums)
         squares.append(float((values.astype(np.float64) ** 2).sum()))
         if not is_skipped(step):
-            store.update(np.array(list(sums)), values, step=step, **UPDATE)
+            store.update(rows, values, step=step, **UPDATE)
     return Course(read, squares, store.table)
 
 

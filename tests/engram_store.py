@@ -5,11 +5,14 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from parallel.engram_worker import SumOver
+
 
 class PlainStore:
     """Rows r, r + ranks, ... of a table that starts at zero, with row-wise Adagrad."""
 
     rows_are_independent = True
+    sum_over: SumOver | None = None
 
     def __init__(
         self,
@@ -52,18 +55,16 @@ class PlainStore:
 
 def tree_sum_at(
     leaves: Mapping[int, NDArray[np.floating]], start: int, level: int
-) -> NDArray[np.floating] | None:
-    """Sum of the leaves at the 2^level places from `start`, each half by itself first; None: no leaf."""
-    if level == 0:
-        return leaves.get(start)
-    half = 1 << (level - 1)
+) -> NDArray[np.floating]:
+    """Sum of the leaves at the 2^level places from `start`, each half by itself first; one is there."""
+    half = 1 << level >> 1
     inside = [place for place in leaves if start <= place < start + 2 * half]
-    if len(inside) < 2:
-        return leaves[inside[0]] if inside else None
-    left, right = (
-        tree_sum_at(leaves, start, level - 1),
-        tree_sum_at(leaves, start + half, level - 1),
-    )
-    if left is None or right is None:
-        return right if left is None else left
-    return left + right
+    if level == 0 or len(inside) == 1:
+        return leaves[start if level == 0 else inside[0]]
+    if all(place < start + half for place in inside):
+        return tree_sum_at(leaves, start, level - 1)
+    if all(place >= start + half for place in inside):
+        return tree_sum_at(leaves, start + half, level - 1)
+    left, right = (tree_sum_at(leaves, at, level - 1) for at in (start, start + half))
+    total: NDArray[np.floating] = left + right
+    return total

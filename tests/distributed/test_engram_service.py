@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.queues import Queue
 from pathlib import Path
@@ -42,37 +43,29 @@ def _compiled() -> None:
     run_rank(None, "exact", lanes, 2)
 
 
-def prefetch_rank(rank: int) -> dict[Any, Any]:
+def prefetch_rank(rank: int, ranks: int) -> dict[str, Any]:
     expected, results = plain_course(STEPS), {}
-    for ranks in (2, 4):
-        group = dist.new_group(list(range(ranks)))
-        if rank >= ranks:
-            continue
-        for prefetch in ("off", "exact", "stale"):
-            course = run_rank(group, prefetch, scattered, STEPS, pause=0.002)
-            reads = same_reads(course, expected, rank, ranks, scattered)
-            table = np.array_equal(course.table, expected.table[rank::ranks])
-            results[ranks, prefetch] = reads, table, course.squares, course.stats
+    group = dist.new_group(list(range(ranks)))
+    for prefetch in ("off", "exact", "stale"):
+        course = run_rank(group, prefetch, scattered, STEPS, pause=0.002)
+        reads = same_reads(course, expected, rank, ranks, scattered)
+        table = np.array_equal(course.table, expected.table[rank::ranks])
+        results[prefetch] = reads, table, course.squares, course.stats
     return results
 
 
-def test_rows_and_table_do_not_depend_on_prefetch() -> None:
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_rows_and_table_do_not_depend_on_prefetch(ranks: int) -> None:
     """Random sleeps, ranks without tokens, steps with one owner, skipped steps; `stale` must differ."""
-    results = run_distributed(prefetch_rank, 4)
-    expected = plain_course(STEPS)
-    for ranks in (2, 4):
-        for prefetch in ("off", "exact"):
-            for rank in range(ranks):
-                assert results[rank][ranks, prefetch][:2] == (True, True), (ranks, prefetch, rank)
-            squares = np.sum([results[r][ranks, prefetch][2] for r in range(ranks)], axis=0)
-            assert np.allclose(squares, expected.squares, rtol=1e-6, atol=0)
-        stale = [results[rank][ranks, "stale"] for rank in range(ranks)]
-        assert not all(reads for reads, *_ in stale)
-        assert not any(table for _, table, *_ in stale)
-        for rank in range(ranks):
-            check_stats(
-                rank, ranks, {k[1]: v[3] for k, v in results[rank].items() if k[0] == ranks}
-            )
+    results = run_distributed(prefetch_rank, ranks, ranks)
+    for prefetch in ("off", "exact"):
+        assert [result[prefetch][:2] for result in results] == [(True, True)] * ranks, prefetch
+        squares = np.sum([result[prefetch][2] for result in results], axis=0)
+        assert np.allclose(squares, plain_course(STEPS).squares, rtol=1e-12, atol=0)
+    assert not all(result["stale"][0] for result in results)
+    assert not any(result["stale"][1] for result in results)
+    for rank, result in enumerate(results):
+        check_stats(rank, ranks, {prefetch: seen[3] for prefetch, seen in result.items()})
 
 
 def check_stats(rank: int, ranks: int, stats: dict[str, Any]) -> None:
@@ -196,7 +189,7 @@ def victim_rank(
                 queue.put((rank, "ready", None))
     except EngramServiceError as error:
         first, at = error, time.time()
-    calls = [
+    calls: list[Callable[[], object]] = [
         lambda: service.rows(step),
         lambda: service.submit(lambda store: store.table.copy()),
         lambda: service.lookup(plan),

@@ -1,6 +1,7 @@
 """Plans of Engram's rows against brute force: every id is found again, and limits by their definition."""
 
 import pickle
+from random import Random
 
 import numpy as np
 import pytest
@@ -80,7 +81,7 @@ def batches(draw: st.DrawFn) -> tuple[int, int, list[int]]:
 @settings(max_examples=150, deadline=None)
 @given(batches(), st.randoms(use_true_random=False))
 def test_limits_are_the_largest_subtrees_of_a_rank(
-    batch: tuple[int, int, list[int]], random: "np.random.RandomState"
+    batch: tuple[int, int, list[int]], random: Random
 ) -> None:
     sequences, length, owners = batch
     everything = [(s, p) for s in range(sequences) for p in range(length)]
@@ -90,7 +91,7 @@ def test_limits_are_the_largest_subtrees_of_a_rank(
     top = bits + (sequences - 1).bit_length()
     for rank in set(owners):
         mine = [token for i, token in enumerate(everything) if owners[i] == rank]
-        random.shuffle(mine)  # type: ignore[arg-type]
+        random.shuffle(mine)
         indices, positions = np.array(mine).T
         places = token_places(indices, positions, length)
         assert places.tolist() == [place[token] for token in mine]

@@ -97,7 +97,9 @@ def test_sums_are_the_same_bits_in_every_layout(dtype: type[np.floating]) -> Non
     np.add.at(size, rows.reshape(-1), np.abs(gradients.reshape(-1, WIDTH)).astype(np.float64))
     depth = np.log2(SEQUENCES) + np.ceil(np.log2(LENGTH))
     assert (np.abs(one - exact) <= depth * np.finfo(dtype).eps / 2 * size * 1.01).all()
-    assert sum_of_squares(one) == pytest.approx(float((one.astype(np.float64) ** 2).sum()), rel=1e-14)
+    assert sum_of_squares(one) == pytest.approx(
+        float((one.astype(np.float64) ** 2).sum()), rel=1e-14
+    )
 
 
 def test_plain_sums_differ_between_layouts() -> None:
@@ -125,8 +127,9 @@ def test_a_sum_is_that_of_the_recursive_tree(leaves: dict[int, float], block: in
     """Also at places beyond 32 bits."""
     places = np.array(list(leaves), np.int64)
     values = np.array(list(leaves.values()), np.float32)[:, None]
+    at = dict(zip(leaves, values, strict=True))
     order = order_sums(np.zeros(len(places), np.int32), places + (block << 20), 1)
-    expected = tree_sum_at({p: v for p, v in zip(leaves, values, strict=True)}, 0, 20)
+    expected = tree_sum_at(at, 0, 20)
     assert np.array_equal(tree_sum(values, order)[0], expected)
 
 
