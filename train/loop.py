@@ -20,6 +20,7 @@ from train.checkpoint.state import Progress, restore, save
 from train.config import RunConfig
 from train.evaluate import evaluate
 from train.memory import HostMemory
+from train.memory_rules import tables_in_host_memory
 from train.metrics import MetricsLog, Record, append_event, open_sinks
 from train.stages import Phase, phases
 from train.step import train_step
@@ -37,6 +38,7 @@ def train(config: RunConfig, run_dir: Path, stop: StopRequest) -> int:
         The exit code of this rank: 0 done, 85 stopped on request with a checkpoint saved.
     """
     training = build(config)
+    refuse_tables_without_checkpoints(training)
     corpus = fingerprint(config.data)
     progress = resume(training, run_dir, corpus)
     with ExitStack() as stack:
@@ -76,6 +78,19 @@ def train(config: RunConfig, run_dir: Path, stop: StopRequest) -> int:
                     detail = f"{path.name} on {stop.signal_name}" if exit_code else path.name
                     append_event(run_dir, step=step, rank=0, event="checkpoint", detail=detail)
     return exit_code
+
+
+def refuse_tables_without_checkpoints(training: Training) -> None:
+    """No checkpoint is better than one that lacks a part of the model.
+
+    Raises:
+        ValueError: there are tables in host memory, which checkpoints do not hold yet.
+    """
+    if tables_in_host_memory(training.config):
+        raise ValueError(
+            f"parallel.engram.storage={training.config.parallel.engram.storage}: checkpoints do not "
+            "hold tables in host memory yet; use device"
+        )
 
 
 def resume(training: Training, run_dir: Path, corpus: str) -> Progress:

@@ -16,9 +16,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -101,11 +102,18 @@ class HostMemory:
         yield
         self._current = None
 
-    def gradients(self) -> NDArray[Any]:  # shape [tokens, columns, head_dim]
-        """The gradient of each occurrence of a row in the step's tokens, of this rank's losses."""
+    def gradients(
+        self,
+    ) -> tuple[Int64[np.ndarray, "tokens columns"], Float[np.ndarray, "tokens columns head_dim"]]:
+        """Rows that the step's tokens read, and the gradient of each occurrence of one.
+
+        Raises:
+            RuntimeError: a microbatch has left no gradient.
+        """
         assert self._current is not None, "no step has been started"
+        plan = self._current.plan
         self._backend.synchronize()
-        return self._current.gradients(self._master_dtype)
+        return plan.rows[plan.inverse], self._current.gradients(self._master_dtype)
 
     def reduce(self, step: int) -> float:
         """Give all gradients of the step to the owners of the rows.
@@ -117,7 +125,9 @@ class HostMemory:
         Raises:
             RuntimeError: a microbatch has left no gradient.
         """
-        return self.service.reduce(step, self.gradients())
+        assert self._current is not None, "no step has been started"
+        self._backend.synchronize()
+        return self.service.reduce(step, self._current.gradients(self._master_dtype))
 
     def update(self, step: int, *, learning_rate: float, scale: float) -> None:
         """Change the rows by their gradients times `scale`, in the background; ends the step."""
@@ -140,6 +150,7 @@ class HostMemory:
     def _to_device(self, rows: NDArray[Any], plan: StepPlan, sequences: int) -> "_StepRows":
         inverse = torch.from_numpy(plan.inverse).view(sequences, -1, plan.inverse.shape[1])
         return _StepRows(
+            plan,
             self._copied(torch.from_numpy(rows).to(self._dtype)),
             self._copied(inverse),
         )
@@ -154,12 +165,13 @@ class _StepRows:
     """The distinct rows of a step on the device, and what comes back for each of their places.
 
     Args:
+        plan: of the step.
         rows: `[unique, head_dim]`.
         inverse: `[sequences, part, columns]`, which row is read where.
     """
 
-    def __init__(self, rows: Tensor, inverse: Tensor) -> None:
-        self.rows, self.inverse = rows, inverse
+    def __init__(self, plan: StepPlan, rows: Tensor, inverse: Tensor) -> None:
+        self.plan, self.rows, self.inverse = plan, rows, inverse
         self._left: dict[tuple[int, int], Tensor] = {}
 
     def leave(self, first_sequence: int, column: int, gradient: Tensor) -> None:

@@ -20,6 +20,7 @@ from train.config import RunConfig
 from train.lifetime import leave
 from train.loop import open_batches
 from train.metrics import MetricsLog
+from train.parity.memory import table_gradients, table_rows
 from train.parity.outputs import OutputWatch
 from train.parity.task import Findings, Kind, Task
 from train.parity.tensors import Comparison, Ledger, Reference, gathered
@@ -98,12 +99,13 @@ class _Recorder:
         """Show all gradients."""
         parameters = self._training.model.named_parameters()
         found = {name: p.grad for name, p in parameters if p.grad is not None}
+        found |= table_gradients(self._training)
         assert found or self._task.reference is not None, "the reference has no gradients"
         self._whole("gradient", found)
 
     def parameters(self) -> None:
-        """Show all parameters, and the persistent buffers, which the step moves as well."""
-        self._whole("parameter", dict(_state(self._training)))
+        """Show all parameters, tables, and persistent buffers, which the step moves as well."""
+        self._whole("parameter", dict(_state(self._training)) | table_rows(self._training))
 
     def _output(self, microbatch: int, name: str, value: Tensor) -> None:
         self._ledger.output(self._step, self._first_microbatch + microbatch, name, value)
