@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from parallel.config import EngramPrefetch
 from parallel.engram_plan import StepPlan, plan_step, subtree_limits, token_places
 from parallel.engram_service import ServiceStats, TableService
+from parallel.engram_worker import Rows
 from tests.engram_store import PlainStore, tree_sum_at
 
 SEQUENCES, LENGTH, COLUMNS, WIDTH, ROWS = 4, 6, 3, 4, 144
@@ -112,31 +113,28 @@ def step_plan(
 
 @dataclass(frozen=True)
 class RankCourse:
-    """A rank's share in a run."""
+    """What a rank read, squares of the gradients of its rows, and costs."""
 
     read: list[NDArray[np.floating]]
     squares: list[float]
     stats: ServiceStats
-    updates: list[int]
-    table: NDArray[np.floating]
 
 
 def run_rank(
+    store: Rows,
     group: dist.ProcessGroup | None,
     prefetch: EngramPrefetch,
     spread: Spread,
     steps: int,
     *,
-    store: PlainStore | None = None,
     pause: float = 0.0,
 ) -> RankCourse:
-    """Train through a table service; `pause`: longest of random sleeps in both threads, in seconds."""
+    """Train `store` through a service; `pause`: longest of random sleeps in both threads, in seconds."""
     rank, ranks = (group.rank(), group.size()) if group else (0, 1)
-    store = store or PlainStore(ROWS, WIDTH, rank=rank, ranks=ranks)
     service = TableService(store, group, prefetch=prefetch, timeout_seconds=20.0)
     idle = random.Random(rank)
 
-    def wait(_: PlainStore | None = None) -> None:
+    def wait(_: Rows | None = None) -> None:
         time.sleep(idle.choice([0.0, 0.0, pause]))
 
     read, squares = [], []
@@ -158,10 +156,9 @@ def run_rank(
         else:
             service.update(step, **UPDATE)
         wait()
-    table = service.submit(lambda store: store.table.copy()).result()
     stats = service.take_stats()
     service.close()
-    return RankCourse(read, squares, stats, store.updates, table)
+    return RankCourse(read, squares, stats)
 
 
 def same_reads(course: RankCourse, expected: Course, rank: int, ranks: int, spread: Spread) -> bool:

@@ -40,16 +40,17 @@ STEPS = 50
 @pytest.fixture(scope="module", autouse=True)
 def _compiled() -> None:
     """Ranks are forked: what is compiled here is not compiled again in each."""
-    run_rank(None, "exact", lanes, 2)
+    run_rank(PlainStore(ROWS, WIDTH), None, "exact", lanes, 2)
 
 
 def prefetch_rank(rank: int, ranks: int) -> dict[str, Any]:
     expected, results = plain_course(STEPS), {}
     group = dist.new_group(list(range(ranks)))
     for prefetch in ("off", "exact", "stale"):
-        course = run_rank(group, prefetch, scattered, STEPS, pause=0.002)
+        store = PlainStore(ROWS, WIDTH, rank=rank, ranks=ranks)
+        course = run_rank(store, group, prefetch, scattered, STEPS, pause=0.002)
         reads = same_reads(course, expected, rank, ranks, scattered)
-        table = np.array_equal(course.table, expected.table[rank::ranks])
+        table = np.array_equal(store.table, expected.table[rank::ranks])
         results[prefetch] = reads, table, course.squares, course.stats
     return results
 
@@ -92,9 +93,10 @@ def owners_rank(rank: int, steps: int) -> list[Any]:
         if rank < ranks:
             spreads: list[Spread] = [lanes, zigzag, scattered]
             for spread in spreads:
-                course = run_rank(group, "exact", spread, steps)
+                store = PlainStore(ROWS, WIDTH, rank=rank, ranks=ranks)
+                course = run_rank(store, group, "exact", spread, steps)
                 reads = same_reads(course, expected, rank, ranks, spread)
-                table = np.array_equal(course.table, expected.table[rank::ranks])
+                table = np.array_equal(store.table, expected.table[rank::ranks])
                 results.append((ranks, spread.__name__, reads, table))
     return results
 

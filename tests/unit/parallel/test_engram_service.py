@@ -36,9 +36,9 @@ def service_of(store: PlainStore) -> TableService[PlainStore]:
 @pytest.mark.parametrize("master", ["float32", "float64"])
 def test_one_rank_needs_no_group(master: Master) -> None:
     store = PlainStore(ROWS, WIDTH, master=np.dtype(master).type)
-    course, expected = run_rank(None, "exact", lanes, 8, store=store), plain_course(8, master)
+    course, expected = run_rank(store, None, "exact", lanes, 8), plain_course(8, master)
     assert same_reads(course, expected, 0, 1, lanes)
-    assert np.array_equal(course.table, expected.table)
+    assert np.array_equal(store.table, expected.table)
     assert course.squares == pytest.approx(expected.squares, rel=1e-12)
     assert course.stats.fetch_bytes == course.stats.gradient_bytes == 0
 
@@ -48,16 +48,16 @@ def test_rows_that_the_next_step_waits_for_are_updated_first(independent: bool) 
     """Where an update of a row needs other rows, all are updated at once, with the same bits."""
     store = PlainStore(ROWS, WIDTH)
     store.rows_are_independent = independent
-    course, expected = run_rank(None, "exact", lanes, 8, store=store), plain_course(8)
+    course, expected = run_rank(store, None, "exact", lanes, 8), plain_course(8)
     assert same_reads(course, expected, 0, 1, lanes)
-    assert np.array_equal(course.table, expected.table)
+    assert np.array_equal(store.table, expected.table)
     calls = []
     for step in range(8):
         now = np.unique(step_ids(step))
         first = len(np.intersect1d(now, step_ids(step + 1))) if step < 7 else 0
         if not is_skipped(step):
             calls += [first, len(now) - first] if independent else [len(now)]
-    assert course.updates == calls
+    assert store.updates == calls
 
 
 def test_calls_out_of_order_are_refused_and_harmless() -> None:
