@@ -1,0 +1,60 @@
+"""Loops that numba compiles: they run without the interpreter's lock, so that other threads go on."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_CACHE_LINE = 64
+
+
+def compiled(function: Callable[P, R]) -> Callable[P, R]:
+    """Compile at the first call with new argument types; the machine code is kept beside the source.
+
+    Without fast-math: every operation is rounded as it is written, in the order in which it is
+    written, so that results do not depend on the processor and can be compared bit by bit with those
+    of torch.
+
+    Kept code is renewed when the file of the function changes, not when that of a function it calls
+    does: who edits a function that other files call removes `parallel/__pycache__/*.nbi`.
+    """
+    # Tests wrap functions to check shapes; numba needs the bare one.
+    kernel: Callable[P, R] = njit(nogil=True, cache=True)(inspect.unwrap(function))
+    return kernel
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _prefetch(_typing: Any, _address: Any) -> Any:  # noqa: ANN401 - numba's types
+    """Ask for the cache line at an address; no fault if nothing is mapped there."""
+
+    def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:  # noqa: ANN401
+        pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+        # To be written, to be kept in all caches, data.
+        hints = [number(0), number(3), number(1)]
+        builder.call(function, [builder.inttoptr(arguments[0], pointer), *hints])
+        return context.get_dummy_value()
+
+    return types.none(types.uintp), generate
+
+
+@compiled
+def prefetch_row(array: NDArray[Any], row: int) -> None:
+    """Ask for `array[row]`, of a contiguous array, a while before it is needed.
+
+    Rows that lie far apart cost the time of the memory otherwise; the processor cannot guess them.
+    """
+    size = np.uintp(array.strides[0])
+    start = np.uintp(array.ctypes.data) + np.uintp(row) * size
+    for offset in range(0, array.strides[0], _CACHE_LINE):
+        _prefetch(start + np.uintp(offset))

@@ -1,0 +1,183 @@
+"""The loops of `engram_optimizers` over the rows that a step touches, each one pass in a thread.
+
+Arguments: `local` are the touched rows; `rows` and `scales` the table as `engram_formats.load_row` has
+it; gradients are multiplied by `scale`. Plain numbers have the type of the gradients, unless they are
+said to be float.
+"""
+
+# ruff: noqa: PLR0917 - numba takes arrays and numbers, and has no keyword-only arguments
+
+from math import frexp
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+
+from parallel.compiled import compiled, prefetch_row
+from parallel.engram_formats import PREFETCH_ROWS, Rounding, load_row, store_row
+
+EXPONENTS = 160
+"""Norms from 2^-160 to 2^160 are told apart."""
+HISTOGRAM = 2 * EXPONENTS + 2
+
+
+@compiled
+def adam(
+    rows: NDArray[Any],
+    scales: Float[np.ndarray, "rows"] | None,
+    exp_avg: Float[np.ndarray, "rows width"],
+    exp_avg_sq: Float[np.ndarray, "rows width"],
+    num_updates: Int[np.ndarray, "rows"],
+    local: Int[np.ndarray, "touched"],
+    gradients: Float[np.ndarray, "touched width"],
+    scale: np.floating[Any],
+    constants: tuple[np.floating[Any], ...],
+    learning_rate: float,
+    corrections: Float[np.ndarray, "updates 2"],
+    rounding: Rounding,
+) -> None:
+    """See `LazyAdam`; `constants` are 1 - beta1, beta2, 1 - beta2 and eps."""
+    number, (new1, beta2, new2, eps) = gradients.dtype.type, constants
+    values = np.empty(gradients.shape[1], gradients.dtype)
+    for place in range(local.shape[0]):
+        if place + PREFETCH_ROWS < local.shape[0]:
+            ahead = local[place + PREFETCH_ROWS]
+            prefetch_row(rows, ahead)
+            prefetch_row(exp_avg, ahead)
+            prefetch_row(exp_avg_sq, ahead)
+            prefetch_row(num_updates, ahead)
+        row = local[place]
+        num_updates[row] += 1
+        count = min(num_updates[row], corrections.shape[0]) - 1
+        rate = number(learning_rate * corrections[count, 0])
+        root = number(corrections[count, 1])
+        load_row(rows, scales, row, values)
+        for column in range(values.shape[0]):
+            gradient = scale * gradients[place, column]
+            mean, square = exp_avg[row, column], exp_avg_sq[row, column]
+            mean += new1 * (gradient - mean)
+            square = beta2 * square + new2 * (gradient * gradient)
+            exp_avg[row, column], exp_avg_sq[row, column] = mean, square
+            values[column] -= rate * mean / (np.sqrt(square) * root + eps)
+        store_row(rows, scales, row, values, rounding)
+
+
+@compiled
+def adagrad(
+    rows: NDArray[Any],
+    scales: Float[np.ndarray, "rows"] | None,
+    sum_of_squares: Float[np.ndarray, "rows"],
+    local: Int[np.ndarray, "touched"],
+    gradients: Float[np.ndarray, "touched width"],
+    squared_scale: np.floating[Any],
+    rate: np.floating[Any],
+    eps: np.floating[Any],
+    rounding: Rounding,
+) -> None:
+    """See `RowAdagrad`; `rate` is that of learning times the gradients' scale."""
+    number, width = gradients.dtype.type, gradients.shape[1]
+    values = np.empty(width, gradients.dtype)
+    for place in range(local.shape[0]):
+        if place + PREFETCH_ROWS < local.shape[0]:
+            prefetch_row(rows, local[place + PREFETCH_ROWS])
+            prefetch_row(sum_of_squares, local[place + PREFETCH_ROWS])
+        row, total = local[place], number(0)
+        # One chain of additions: the processor does those of several rows at a time.
+        for column in range(width):
+            total += gradients[place, column] * gradients[place, column]
+        sum_of_squares[row] += squared_scale * total / number(width)
+        factor = rate / (np.sqrt(sum_of_squares[row]) + eps)
+        load_row(rows, scales, row, values)
+        for column in range(width):
+            values[column] -= factor * gradients[place, column]
+        store_row(rows, scales, row, values, rounding)
+
+
+@compiled
+def advance_momentum(
+    momentum: Float[np.ndarray, "rows width"],
+    local: Int[np.ndarray, "touched"],
+    gradients: Float[np.ndarray, "touched width"],
+    scale: np.floating[Any],
+    constants: tuple[np.floating[Any], ...],
+    direction: Float[np.ndarray, "touched width"],
+    norms: Float[np.ndarray, "touched"],
+    histogram: Int[np.ndarray, "exponents"],
+) -> None:
+    """First pass of `SinkhornMomentum`; `constants` are beta and 1 - beta.
+
+    Writes D and the L2 norms of its rows, in fp64, and adds the norms up by their exponent, as integers:
+    `histogram[e + 160]` is the sum of their mantissas in units of 2^-32, the last entry their number.
+    """
+    old, new = constants
+    for place in range(local.shape[0]):
+        if place + PREFETCH_ROWS < local.shape[0]:
+            prefetch_row(momentum, local[place + PREFETCH_ROWS])
+        row, total = local[place], 0.0
+        for column in range(gradients.shape[1]):
+            gradient = scale * gradients[place, column]
+            value = old * momentum[row, column] + new * gradient
+            momentum[row, column] = value
+            value = old * value + new * gradient
+            direction[place, column] = value
+            total += np.float64(value) * np.float64(value)
+        norms[place] = np.sqrt(total)
+        mantissa, exponent = frexp(norms[place])
+        if -EXPONENTS <= exponent <= EXPONENTS:
+            histogram[exponent + EXPONENTS] += np.int64(mantissa * 2.0**32)
+        histogram[-1] += 1
+
+
+@compiled
+def add_shares(
+    direction: Float[np.ndarray, "touched width"],
+    columns: Float[np.ndarray, "width"],
+    unit: float,
+    shares: Int[np.ndarray, "width"],
+) -> None:
+    """Divide rows by their norm, and add the squares of each column up, as integers of `1 / unit`.
+
+    `columns` are the squares of the factors of the columns so far. A row's squares, the shares of the
+    columns in it, add up to 1.
+    """
+    for place in range(direction.shape[0]):
+        factor = _inverse_square(direction, place, columns)
+        for column in range(direction.shape[1]):
+            square = direction[place, column] * direction[place, column] * columns[column]
+            shares[column] += np.int64(np.float64(square * factor) * unit)
+
+
+@compiled
+def apply_balanced(
+    rows: NDArray[Any],
+    scales: Float[np.ndarray, "rows"] | None,
+    local: Int[np.ndarray, "touched"],
+    direction: Float[np.ndarray, "touched width"],
+    columns: Float[np.ndarray, "width"],
+    rate: np.floating[Any],
+    rounding: Rounding,
+) -> None:
+    """Last pass of `SinkhornMomentum`: rows are normalized once more, and move by `rate` times that."""
+    roots, values = np.sqrt(columns), np.empty(direction.shape[1], direction.dtype)
+    for place in range(local.shape[0]):
+        if place + PREFETCH_ROWS < local.shape[0]:
+            prefetch_row(rows, local[place + PREFETCH_ROWS])
+        factor = rate * np.sqrt(_inverse_square(direction, place, columns))
+        load_row(rows, scales, local[place], values)
+        for column in range(direction.shape[1]):
+            values[column] -= factor * (direction[place, column] * roots[column])
+        store_row(rows, scales, local[place], values, rounding)
+
+
+@compiled
+def _inverse_square(
+    direction: Float[np.ndarray, "touched width"], place: int, columns: Float[np.ndarray, "width"]
+) -> np.floating[Any]:
+    """1 / squared norm of a row whose columns are scaled, and 0 for an empty row."""
+    number = direction.dtype.type
+    total: np.floating[Any] = number(0)
+    for column in range(direction.shape[1]):
+        total += direction[place, column] * direction[place, column] * columns[column]
+    inverse: np.floating[Any] = number(1) / total if total > number(0) else number(0)
+    return inverse
