@@ -47,7 +47,15 @@ def recipe(corpus: Path, steps: int, **parallel: Any) -> RunConfig:
     )
 
 
-def train_rank(rank: int, config: RunConfig) -> tuple[list[float], dict[str, bytes], float]:
+Trace = tuple[list[float], dict[str, bytes], float]
+"""Losses, tables at the end, and the fraction of rows that had to wait for the step before."""
+
+
+def train_rank(rank: int, configs: list[RunConfig]) -> list[Trace]:
+    return [train_one(config) for config in configs]
+
+
+def train_one(config: RunConfig) -> Trace:
     training = join(config)
     losses, late = [], 0.0
     batches = open_batches(training, Progress(step=0, tokens=0, data_state={}))
@@ -56,46 +64,45 @@ def train_rank(rank: int, config: RunConfig) -> tuple[list[float], dict[str, byt
         losses.append(float(record["loss"]))
         late += record["engram/late_row_fraction"] / config.train.steps
     found = {name: rows.tobytes() for name, rows in tables(training).items()}
-    assert training.memory is not None
-    training.memory.close()
+    if training.memory is not None:
+        training.memory.close()
     return losses, found, late
-
-
-Trace = tuple[list[float], dict[str, bytes], float]
 
 
 def run(
     config: RunConfig,
-    prefetch: EngramPrefetch,
+    *prefetch: EngramPrefetch,
     dtype: EngramRowDtype = "fp32",
     optimizer: EngramOptimizer = "adam",
-) -> Trace:
-    """Losses, tables at the end, and the fraction of rows that had to wait for the step before."""
-    host = EngramTableConfig(storage="memory", prefetch=prefetch, dtype=dtype)
-    config = replace(
-        config,
-        parallel=replace(config.parallel, engram=host),
-        optim=replace(config.optim, engram_optimizer=optimizer),
-    )
+) -> list[Trace]:
+    """A run with each kind of prefetch, on the same ranks."""
+    optim = replace(config.optim, engram_optimizer=optimizer)
+    configs = []
+    for kind in prefetch:
+        host = EngramTableConfig(storage="memory", prefetch=kind, dtype=dtype)
+        parallel = replace(config.parallel, engram=host)
+        configs.append(replace(config, parallel=parallel, optim=optim))
     world = ParallelLayout.from_config(config.parallel).world_size
-    found = run_distributed(train_rank, world, config, timeout=200.0)
-    assert all(losses == found[0][0] for losses, _, _ in found)
-    return found[0][0], {k: v for _, of_rank, _ in found for k, v in of_rank.items()}, found[0][2]
+    traces = []
+    for of_ranks in zip(*run_distributed(train_rank, world, configs, timeout=250.0), strict=True):
+        losses, _, late = of_ranks[0]
+        assert all(of_rank[0] == losses for of_rank in of_ranks)
+        rows = {name: values for _, found, _ in of_ranks for name, values in found.items()}
+        assert len(rows) == 2
+        traces.append((losses, rows, late))
+    return traces
 
 
-def assert_equal_to_off(config: RunConfig, **keys: Any) -> None:
-    losses, rows, late = run(config, "exact", **keys)
-    assert (losses, rows) == run(config, "off", **keys)[:2]
-    assert len(rows) == 2
-    assert 0.1 < late < 0.9
+def assert_exact(config: RunConfig, **keys: Any) -> None:
+    off, exact, stale = run(config, "off", "exact", "stale", **keys)
+    assert exact[:2] == off[:2]
+    assert 0.1 < exact[2] < 0.9
+    assert stale[0] != off[0]
+    assert all(stale[1][name] != rows for name, rows in off[1].items())
 
 
 def test_a_few_steps_on_two_ranks_are_bitwise_those_without_prefetch(tiny_corpus: Path) -> None:
-    config = recipe(tiny_corpus, 4, data_parallel_size=2)
-    assert_equal_to_off(config)
-    exact, stale = run(config, "exact"), run(config, "stale")
-    assert exact[0] != stale[0]
-    assert exact[1] != stale[1]
+    assert_exact(recipe(tiny_corpus, 4, data_parallel_size=2))
 
 
 LAYOUTS = [
@@ -109,16 +116,16 @@ LAYOUTS = [
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_fifty_steps_are_bitwise_those_without_prefetch(
     tiny_corpus: Path, layout: dict[str, int]
 ) -> None:
-    config = recipe(tiny_corpus, 50, **layout)
-    assert_equal_to_off(config)
-    assert run(config, "stale")[0] != run(config, "off")[0]
+    assert_exact(recipe(tiny_corpus, 50, **layout))
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("dtype", "optimizer"), [("bf16", "adam"), ("fp8", "adagrad"), ("fp32", "sinkhorn")]
 )
@@ -126,4 +133,4 @@ def test_other_rows_and_optimizers(
     tiny_corpus: Path, dtype: EngramRowDtype, optimizer: EngramOptimizer
 ) -> None:
     config = recipe(tiny_corpus, 50, data_parallel_size=2)
-    assert_equal_to_off(config, dtype=dtype, optimizer=optimizer)
+    assert_exact(config, dtype=dtype, optimizer=optimizer)
