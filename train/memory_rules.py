@@ -4,7 +4,6 @@
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 from parallel.config import EngramTableConfig
 from train.config import RunConfig
@@ -56,7 +55,7 @@ def _on_the_device(config: RunConfig) -> Iterator[str]:
             "parallel.engram.storage=device use adam and optim.table_optimizer, or "
             f"parallel.engram.storage={_IN_HOST_MEMORY}"
         )
-    if replace(config.parallel.engram, storage="memory") != EngramTableConfig(storage="memory"):
+    if config.parallel.engram != EngramTableConfig():
         yield (
             "parallel.engram.storage=device: the other keys of parallel.engram are about rows in "
             f"host memory; leave them out, or use {_IN_HOST_MEMORY}"

@@ -204,6 +204,11 @@ def test_the_quick_start_is_valid(nano: RunConfig) -> None:
             "model.engram.pad_token_id=4096: not a token of model.vocab_size=4096",
             "use 0 to 4095",
         ),
+        (
+            {"parallel__engram__storage": "memory", "parallel__engram__path": "/local"},
+            "parallel.engram.path=/local: parallel.engram.storage=memory maps no files",
+            "use null, or parallel.engram.storage=mmap",
+        ),
         ({"model__mtp_depth": 2}, "model.mtp_depth=2: ", "use 0 or 1"),
         (
             {"model__num_dense_layers": 5},
