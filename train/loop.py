@@ -26,7 +26,6 @@ from train.stages import Phase, phases
 from train.step import train_step
 from train.stop import STOPPED_EXIT_CODE, StopRequest
 
-
 Item = tuple[Phase, Batch, dict[str, str]]
 """A batch, its phase, and the positions in the data after it."""
 
@@ -77,6 +76,8 @@ def train(config: RunConfig, run_dir: Path, stop: StopRequest) -> int:
                 if log:
                     detail = f"{path.name} on {stop.signal_name}" if exit_code else path.name
                     append_event(run_dir, step=step, rank=0, event="checkpoint", detail=detail)
+    if training.memory is not None:
+        training.memory.close()
     return exit_code
 
 

@@ -211,7 +211,9 @@ class _Pick(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, step: _StepRows, columns: slice, tokens: Tokens) -> Tensor:
+    def forward(
+        ctx: Any, anchor: Tensor, step: _StepRows, columns: slice, tokens: Tokens
+    ) -> Tensor:
         ctx.step, ctx.place = step, (tokens.first_sequence, columns.start)
         first = tokens.first_sequence
         places = step.inverse[first : first + len(tokens.input_ids), :, columns]

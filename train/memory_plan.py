@@ -150,9 +150,7 @@ class MemoryPlanner:
             ranks=self._ranks,
         )
 
-    def _places_of(
-        self, sequences: int, length: int
-    ) -> tuple[NDArray[np.int64], NDArray[np.int8]]:
+    def _places_of(self, sequences: int, length: int) -> tuple[NDArray[np.int64], NDArray[np.int8]]:
         """Places of this rank's tokens in the global batch, the same in every step of a shape."""
         rank, size = self._data
         first = np.arange(rank * sequences, (rank + 1) * sequences)

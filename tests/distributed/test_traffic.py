@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from data.config import DataConfig, SourceConfig
 from data.loader import build_loader
 from parallel.backend.cpu import CpuBackend
-from parallel.config import ParallelConfig
+from parallel.config import EngramTableConfig, ParallelConfig
 from parallel.mesh import Meshes
 from parallel.traffic import take_sent
 from parallel.volume import Axis
@@ -198,7 +198,13 @@ def joined(groups: dict[Axis, set[str]]) -> list[tuple[set[Axis], set[str]]]:
 
 
 TWO: dict[str, dict[str, Any]] = {
-    "dp2 ep2": {"parallel": ParallelConfig(data_parallel_size=2, expert_parallel_size=2)},
+    "dp2 ep2, tables in host memory": {
+        "parallel": ParallelConfig(
+            data_parallel_size=2,
+            expert_parallel_size=2,
+            engram=EngramTableConfig(storage="memory"),
+        )
+    },
     "cp2": {
         "parallel": ParallelConfig(context_parallel_size=2),
         "recompute": "full",

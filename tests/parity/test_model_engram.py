@@ -79,6 +79,7 @@ def test_gate_convolution_and_gradients_equal_transformers() -> None:
     geometry = hash_geometries(OURS)[0]
     ours = Engram(OURS, geometry, vocab_size=VOCAB, hidden_size=HIDDEN, streams=STREAMS, eps=1e-6)
     ours.hash.multipliers.copy_(theirs.ple_embedding.layer_multipliers)
+    assert ours.table is not None
     assert ours.conv is not None
     assert ours.conv_norm is not None
     with torch.no_grad():

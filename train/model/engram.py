@@ -81,7 +81,7 @@ class Engram(nn.Module):
         if taps := config.conv_kernel_size:
             self.conv_norm = nn.Parameter(torch.empty(streams, hidden_size))
             self.conv = nn.Parameter(torch.empty(taps, streams, hidden_size))
-        self._gates: Float[Tensor, "2"] | None = None
+        self._gates: Tensor | None = None
 
     def forward(
         self,

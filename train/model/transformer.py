@@ -104,6 +104,7 @@ class Transformer(nn.Module):
         document_ids: Int[Tensor, "batch seq"],
         images: VisionInput | None = None,
         received: Handover | None = None,
+        *,
         first_sequence: int = 0,
     ) -> TransformerOutput | Handover:
         """Logits of the next tokens; of a stage that is not the last, what the next one takes.
@@ -119,9 +120,7 @@ class Transformer(nn.Module):
         """
         pair_positions = self._pair_positions(images, input_ids.device)
         part = self.split.of(input_ids.shape[1])
-        tokens = Tokens(
-            input_ids, position_ids, document_ids, part, pair_positions, first_sequence
-        )
+        tokens = Tokens(input_ids, position_ids, document_ids, part, pair_positions, first_sequence)
         streams, next_embeddings = received or self._enter(tokens, images)
         for number, layer in enumerate(self.layers.values()):
             if self.blocks_per_segment and number % self.blocks_per_segment == 0:

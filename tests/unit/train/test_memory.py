@@ -58,7 +58,9 @@ def pair() -> Iterator[tuple[Transformer, Transformer, HostMemory]]:
         master=np.float64,
     )
     tables = [engram.table for engram in device.engram_layers().values()]
-    store.arrays["rows"][:] = torch.cat([t.weight for t in tables if t is not None]).detach().numpy()
+    store.arrays["rows"][:] = (
+        torch.cat([t.weight for t in tables if t is not None]).detach().numpy()
+    )
     host.remove_tables()
     service = TableService(store, None, prefetch="exact", timeout_seconds=5.0)
     memory = HostMemory(

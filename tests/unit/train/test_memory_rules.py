@@ -11,9 +11,11 @@ from train.config import OptimConfig, RunConfig, TrainConfig
 from train.memory_rules import problems, tables_in_host_memory
 from train.model.config import EngramConfig, ModelConfig
 
+MEMORY = EngramConfig()
+
 
 def recipe(
-    tables: dict[str, Any], *, engram: EngramConfig | None = EngramConfig(), **keys: Any
+    tables: dict[str, Any], *, engram: EngramConfig | None = MEMORY, **keys: Any
 ) -> RunConfig:
     return RunConfig(
         name="memory",
