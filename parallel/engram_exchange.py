@@ -1,4 +1,4 @@
-"""Rows, their requests and their gradients between the ranks that share Engram's tables.
+"""What the ranks that share Engram's tables tell each other: requests for rows, and sums of gradients.
 
 Only the thread of `parallel.engram_service` calls this. Everything lies in host memory and travels
 by uneven all-to-alls on a group of its own (gloo), which no other thread may use.
@@ -7,13 +7,12 @@ by uneven all-to-alls on a group of its own (gloo), which no other thread may us
 import datetime
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from jaxtyping import Bool, Float, Int32, Int64, Shaped
-from numpy.typing import DTypeLike, NDArray
+from jaxtyping import Int32, Int64, Shaped
+from numpy.typing import NDArray
 
 from parallel.engram_plan import StepPlan, distinct
 from parallel.engram_tree import SumOrder, order_partial_sums, order_sums
@@ -28,22 +27,7 @@ class Job(IntEnum):
     UPDATE = 4
     SKIP = 5
     LOOKUP = 6
-
-
-@runtime_checkable
-class Source(Protocol):
-    """What a fetch needs of the owner's rows."""
-
-    @property
-    def width(self) -> int:
-        """Numbers of a row."""
-
-    @property
-    def master(self) -> DTypeLike:
-        """In which rows are read and gradients come: fp32 or fp64."""
-
-    def gather(self, local: NDArray[np.int64], out: NDArray[np.floating], /) -> None:
-        """Write the given local rows to `out`."""
+    LATE = 7
 
 
 class SideGroup:
@@ -133,12 +117,14 @@ class SideGroup:
 class Requests:
     """Rows that the ranks ask of each other for one step, seen from one of them."""
 
+    asked: Int64[np.ndarray, "asked"]
+    """The rows that this rank asks for, each by its number at its owner; by owner."""
     send: Int64[np.ndarray, "ranks"]
-    """How many rows this rank asks of each owner."""
+    """How many of those each owner has."""
     local: Int64[np.ndarray, "requested"]
-    """The rows that are asked of this rank, by who asks."""
+    """The rows that are asked of this rank; by who asks."""
     receive: Int64[np.ndarray, "ranks"]
-    """How many rows each rank asks of this one."""
+    """How many of those each rank asks for."""
     owned: Int64[np.ndarray, "owned"]
     """The distinct ones of `local`, ascending."""
     index: Int32[np.ndarray, "requested"]
@@ -187,94 +173,11 @@ def announce_step(side: SideGroup, step: int, plan: StepPlan) -> tuple[Requests,
     return requests, GradientRoute(partial, send, receive[:, 1], total)
 
 
-@dataclass(frozen=True)
-class Split:
-    """Which rows of a step travel together: their positions, where they lie and where they go."""
-
-    asked: Int64[np.ndarray, "asked"]
-    """In `StepPlan.rows` of the rank that reads them."""
-    send: Int64[np.ndarray, "ranks"]
-    """How many of those each owner has."""
-    given: Int64[np.ndarray, "given"]
-    """In `Requests.local` of the owner."""
-    receive: Int64[np.ndarray, "ranks"]
-    """How many of those go to each rank."""
-
-
-def split_late(
-    side: SideGroup, requests: Requests, late: Bool[np.ndarray, "owned"]
-) -> tuple[Split, Split]:
-    """Part the rows of a step into those that can travel now and those that have to wait.
-
-    Communication: an all-to-all of one byte for each requested row.
-
-    Args:
-        side: the ranks.
-        requests: of the step.
-        late: which of `requests.owned` an update yet to come changes.
-
-    Returns:
-        The early rows and the late ones.
-    """
-    given = late[requests.index]
-    asked = side.exchange(given, requests.receive, requests.send)
-    parts = [
-        Split(
-            np.flatnonzero(mine),
-            _chosen(mine, requests.send),
-            np.flatnonzero(theirs),
-            _chosen(theirs, requests.receive),
-        )
-        for mine, theirs in ((~asked, ~given), (asked, given))
-    ]
-    return parts[0], parts[1]
-
-
-def fetch_all(
-    side: SideGroup, source: Source, requests: Requests
-) -> Float[np.ndarray, "unique width"]:
-    """All rows that this rank asked for. Communication: an all-to-all of the rows."""
-    return _send_rows(side, source, requests.local, requests.receive, requests.send)
-
-
-def fetch_split(
-    side: SideGroup,
-    source: Source,
-    requests: Requests,
-    split: Split,
-    out: Float[np.ndarray, "unique width"],
-) -> None:
-    """Some of the rows that this rank asked for, to where they belong in `out`.
-
-    Communication: an all-to-all of the rows.
-    """
-    local = requests.local[split.given]
-    out[split.asked] = _send_rows(side, source, local, split.receive, split.send)
-
-
 def _request(side: SideGroup, plan: StepPlan, receive: NDArray[np.int64]) -> Requests:
-    local = side.exchange(plan.rows // side.ranks, plan.splits, receive)
+    asked = plan.rows // side.ranks
+    local = side.exchange(asked, plan.splits, receive)
     owned, index = distinct(local)
     order = np.argsort(owned)  # ascending: results then do not depend on who asked first
     moved = np.empty(len(order), np.int32)
     moved[order] = np.arange(len(order), dtype=np.int32)
-    return Requests(plan.splits, local, receive, owned[order], moved[index])
-
-
-def _send_rows(
-    side: SideGroup,
-    source: Source,
-    local: NDArray[np.int64],
-    counts: NDArray[np.int64],
-    receive: NDArray[np.int64],
-) -> NDArray[np.floating]:
-    rows = np.empty((len(local), source.width), source.master)
-    source.gather(local, rows)
-    return side.exchange(rows, counts, receive)
-
-
-def _chosen(chosen: NDArray[np.bool_], splits: NDArray[np.int64]) -> NDArray[np.int64]:
-    """How many of each rank's consecutive items are chosen."""
-    before = np.append(0, np.cumsum(chosen))
-    counts: NDArray[np.int64] = np.diff(before[np.append(0, np.cumsum(splits))])
-    return counts
+    return Requests(asked, plan.splits, local, receive, owned[order], moved[index])

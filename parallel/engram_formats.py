@@ -74,7 +74,7 @@ def _mix(number: np.uint64) -> np.uint64:
 
 
 @compiled
-def _step_key(seed: int, step: int) -> int:
+def _step_key(seed: int, step: int) -> np.uint64:
     return _mix(_mix(np.uint64(seed)) ^ np.uint64(step))
 
 

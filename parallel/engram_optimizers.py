@@ -11,7 +11,8 @@ unless they say otherwise.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol
+from math import ceil, log
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -40,8 +41,14 @@ class Update(NamedTuple):
     rounding: Rounding
 
 
+@runtime_checkable
 class RowOptimizer(Protocol):
     """Updates rows where they lie."""
+
+    @property
+    def rows_are_independent(self) -> bool:
+        """Whether the update of a row depends on that row alone, so that rows may come in parts."""
+        ...
 
     def states(self, width: int, master: Master) -> dict[str, tuple[tuple[int, ...], Any]]:
         """Name, shape after the first dim, and type of what is kept for each row; starts as zeros."""
@@ -75,6 +82,8 @@ class LazyAdam:
     beta1: float
     beta2: float
     eps: float
+
+    rows_are_independent: ClassVar[bool] = True
 
     def states(self, width: int, master: Master) -> dict[str, tuple[tuple[int, ...], Any]]:
         """`exp_avg` (m), `exp_avg_sq` (v) and `num_updates` (t)."""
@@ -114,6 +123,8 @@ class RowAdagrad:
     """
 
     eps: float
+
+    rows_are_independent: ClassVar[bool] = True
 
     def states(self, width: int, master: Master) -> dict[str, tuple[tuple[int, ...], Any]]:
         """`sum_of_squares` (s)."""
@@ -158,6 +169,8 @@ class SinkhornMomentum:
 
     momentum: float
     update_rms: float
+
+    rows_are_independent: ClassVar[bool] = False
 
     def states(self, width: int, master: Master) -> dict[str, tuple[tuple[int, ...], Any]]:
         """`momentum_buffer` (M)."""
@@ -228,6 +241,6 @@ def bias_corrections(beta1: float, beta2: float) -> Float[np.ndarray, "updates 2
     A table, since powers would be half the cost of an update, and differ between libraries.
     """
     largest = max(beta1, beta2)
-    last = int(np.ceil(-54 * np.log(2) / np.log(largest))) if largest > 0 else 1
-    updates = np.arange(1, last + 1, dtype=np.float64)
-    return np.stack([1 / (1 - beta1**updates), 1 / np.sqrt(1 - beta2**updates)], axis=1)
+    last = ceil(-54 * log(2) / log(largest)) if largest > 0 else 1
+    updates = range(1, last + 1)
+    return np.array([(1 / (1 - beta1**t), (1 - beta2**t) ** -0.5) for t in updates])

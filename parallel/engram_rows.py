@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -21,6 +21,8 @@ from parallel.engram_storage import (
     shared_array,
 )
 
+
+@runtime_checkable
 class Marks(Protocol):
     """Is told which rows change, such as what an incremental checkpoint has to save."""
 
@@ -201,10 +203,18 @@ class RowStore:
         """Memory that this process has mapped of all arrays; takes the system some milliseconds."""
         return sum(memory.resident_bytes() for memory in self._memory.values())
 
-    def share(self) -> SharedRows:
-        """What the other processes of the node need to read the rows where they lie (`shared` only)."""
+    @property
+    def shared(self) -> SharedRows | None:
+        """What other processes of the node need to read the rows where they lie; None: they cannot."""
+        if self._storage != "shared":
+            return None
         scale = self._memory["scale"].share() if "scale" in self._memory else None
         return SharedRows(self._memory["rows"].share(), scale, self.master)
+
+    @property
+    def rows_are_independent(self) -> bool:
+        """Whether one step may update its rows in several calls; see `RowOptimizer`."""
+        return self._optimizer.rows_are_independent
 
     def close(self) -> None:
         """Write files and let go of the memory, once nobody else holds one of the arrays."""

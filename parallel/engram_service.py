@@ -42,7 +42,7 @@ class ServiceStats:
     waited_seconds: float = 0.0
     """For how long the caller waited for rows, whatever the thread did."""
     fetch_bytes: int = 0
-    """Rows that this rank got from others."""
+    """Rows that this rank got from others, without those that it read where they lie."""
     gradient_bytes: int = 0
     """Partial sums that this rank sent to others."""
     unique_rows: int = 0
@@ -82,6 +82,7 @@ class TableService(Generic[Store]):
         self._stats = ServiceStats()
         rank = 0 if group is None else dist.get_rank()
         self._thread = JobThread(f"rank {rank}")
+        self._thread.submit(self._worker.start, "start")
 
     @property
     def error(self) -> EngramServiceError | None:
@@ -234,7 +235,7 @@ class TableService(Generic[Store]):
         stats.fetch_seconds += fetched
         stats.hidden_seconds += fetched - seen
         stats.waited_seconds += end - start
-        stats.fetch_bytes += (len(plan.rows) - int(plan.splits[self._side.rank])) * self._row_bytes
+        stats.fetch_bytes += current.far_rows * self._row_bytes
         stats.unique_rows += len(plan.rows)
         stats.occurrences += plan.inverse.size
         stats.late_rows += current.late_rows

@@ -3,11 +3,11 @@
 All kinds begin as zeros that take no memory: a page becomes resident when something in it is touched.
 
     memory   private memory of the process, with huge pages if wanted. The fastest.
-    shared   memory that other processes of the node can map, too: `share` gives what `open_shared`
-             needs. They read this rank's rows where they lie, without a copy through a socket. The
-             memory has no name in a file system, so nothing of it remains when its owner is gone,
-             however that ends, and the size of /dev/shm does not matter. The kernel gives it no huge
-             pages by default.
+    shared   memory that other processes of the node can map, too: `HostArray.share` gives what
+             `open_shared` needs. They read this rank's rows where they lie, without a copy through a
+             socket. The memory has no name in a file system, so nothing of it remains when its owner
+             is gone, however that ends, and the size of /dev/shm does not matter. The kernel gives it
+             no huge pages by default.
     mmap     a sparse file, for tables larger than memory. Pages come from the drive at the first touch
              (`prefault` asks for them ahead) and go back when memory is short.
 """

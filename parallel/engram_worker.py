@@ -19,12 +19,17 @@ from parallel.engram_exchange import (
     Job,
     Requests,
     SideGroup,
+    announce_step,
+    request_rows,
+)
+from parallel.engram_fetch import (
+    Reader,
     Source,
     Split,
-    announce_step,
-    fetch_all,
-    fetch_split,
-    request_rows,
+    all_rows,
+    far_ranks,
+    fetch,
+    map_neighbours,
     split_late,
 )
 from parallel.engram_plan import StepPlan
@@ -65,7 +70,7 @@ class Rows(Source, Protocol):
 
 @dataclass
 class Announced:
-    """An announced step. The thread writes the last two before `arrived` is done."""
+    """An announced step. The thread writes the last three before `arrived` is done."""
 
     step: int
     plan: StepPlan
@@ -74,6 +79,7 @@ class Announced:
     reduced: bool = False
     fetches: list[tuple[float, float]] = field(default_factory=list)
     late_rows: int = 0
+    far_rows: int = 0
 
 
 @dataclass
@@ -83,11 +89,11 @@ class _Running:
     of: Announced
     requests: Requests
     route: GradientRoute
+    rows: NDArray[np.floating]
     awaited: NDArray[np.bool_]
     """Which of `requests.owned` the next step reads, too."""
     late: Split | None = None
     """Rows that come after the update of the step before."""
-    rows: NDArray[np.floating] | None = None
     sums: NDArray[np.floating] | None = None
     """Gradients of `requests.owned`."""
 
@@ -100,27 +106,37 @@ class TableWorker:
         self._store, self._side, self._prefetch = store, side, prefetch
         store.sum_over = side.sum if side.ranks > 1 else None
         self._running: deque[_Running] = deque()
+        self._readers: dict[int, Reader] = {}
+
+    def start(self) -> None:
+        """Find the ranks whose rows can be read where they lie; comes first."""
+        self._readers = map_neighbours(self._side, self._store)
 
     def announce(self, current: Announced) -> None:
         """Exchange what the ranks need and send what can travel now."""
         requests, route = announce_step(self._side, current.step, current.plan)
-        running = _Running(current, requests, route, np.zeros(len(requests.owned), np.bool_))
+        current.far_rows = int(requests.send[far_ranks(self._side, self._readers)].sum())
+        awaited = np.zeros(len(requests.owned), np.bool_)
+        running = _Running(current, requests, route, self._room(requests), awaited)
         self._store.prefault(requests.owned)
         before = self._running[-1] if self._running else None
         self._running.append(running)
         if self._prefetch == "exact" and before is not None:
             self._fetch_early(running, before)
         elif self._prefetch != "off":
-            self._fetch_all(running)
+            self._fetch(running, all_rows(requests))
+            current.arrived.set_result(running.rows)
 
     def rows(self, current: Announced) -> None:
         """Send all rows of a step; where nothing travels ahead."""
-        self._meet(Job.ROWS, current)
-        self._fetch_all(self._running[0])
+        self._meet(Job.ROWS, current.step)
+        running = self._running[0]
+        self._fetch(running, all_rows(running.requests))
+        current.arrived.set_result(running.rows)
 
     def reduce(self, current: Announced, gradients: NDArray[np.floating]) -> tuple[float, int]:
         """Sum of squares of the gradients of this rank's rows; how many sums went to other ranks."""
-        self._meet(Job.REDUCE, current)
+        self._meet(Job.REDUCE, current.step)
         running, route = self._running[0], self._running[0].route
         partial = tree_sum(gradients, route.partial)
         received = self._side.exchange(partial, route.send, route.receive)
@@ -129,7 +145,7 @@ class TableWorker:
 
     def update(self, current: Announced, learning_rate: float, scale: float) -> None:
         """Rows that the next step waits for come first, and leave before the others are updated."""
-        self._meet(Job.UPDATE, current)
+        self._meet(Job.UPDATE, current.step)
         running = self._running.popleft()
         owned, sums = running.requests.owned, running.sums
         assert sums is not None
@@ -153,17 +169,32 @@ class TableWorker:
 
     def skip(self, current: Announced) -> None:
         """End a step as it is; the next one need not wait for it any more."""
-        self._meet(Job.SKIP, current)
+        self._meet(Job.SKIP, current.step)
         self._running.popleft()
         self._fetch_late()
 
     def lookup(self, plan: StepPlan) -> NDArray[np.floating]:
         """Rows as they are."""
         requests = request_rows(self._side, Job.LOOKUP, 0, plan)
-        return fetch_all(self._side, self._store, requests)
+        rows = self._room(requests)
+        fetch(self._side, self._readers, requests, all_rows(requests), rows)
+        self._meet_readers(Job.LOOKUP, 0)  # a job of the owner may write next
+        return rows
 
-    def _meet(self, job: Job, current: Announced) -> None:
-        self._side.meet(job, current.step, np.zeros((self._side.ranks, 0), np.int64))
+    def _meet(self, job: Job, step: int) -> None:
+        self._side.meet(job, step, np.zeros((self._side.ranks, 0), np.int64))
+
+    def _meet_readers(self, job: Job, step: int) -> None:
+        if self._store.shared is not None:
+            self._meet(job, step)
+
+    def _room(self, requests: Requests) -> NDArray[np.floating]:
+        return np.empty((len(requests.asked), self._store.width), self._store.master)
+
+    def _fetch(self, running: _Running, split: Split) -> None:
+        start = time.perf_counter()
+        fetch(self._side, self._readers, running.requests, split, running.rows)
+        running.of.fetches.append((start, time.perf_counter()))
 
     def _fetch_early(self, running: _Running, before: _Running) -> None:
         """What the step before does not touch."""
@@ -176,24 +207,13 @@ class TableWorker:
         late[again] = True
         early, running.late = split_late(self._side, running.requests, late)
         running.of.late_rows = len(running.late.asked)
-        running.rows = np.empty((len(running.of.plan.rows), self._store.width), self._store.master)
-        start = time.perf_counter()
-        fetch_split(self._side, self._store, running.requests, early, running.rows)
-        running.of.fetches.append((start, time.perf_counter()))
+        self._fetch(running, early)
 
     def _fetch_late(self) -> None:
         """What the next step had to wait for, if it is announced."""
         if not self._running or self._running[0].late is None:
             return
         running, late = self._running[0], self._running[0].late
-        assert running.rows is not None
-        start = time.perf_counter()
-        fetch_split(self._side, self._store, running.requests, late, running.rows)
-        running.of.fetches.append((start, time.perf_counter()))
+        self._meet_readers(Job.LATE, running.of.step)
+        self._fetch(running, late)
         running.of.arrived.set_result(running.rows)
-
-    def _fetch_all(self, running: _Running) -> None:
-        start = time.perf_counter()
-        rows = fetch_all(self._side, self._store, running.requests)
-        running.of.fetches.append((start, time.perf_counter()))
-        running.of.arrived.set_result(rows)
