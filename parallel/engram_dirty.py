@@ -1,0 +1,71 @@
+"""Which rows of a rank's Engram table changed since they were last saved: one bit a row.
+
+A `RowStore` marks the rows of each update in it, `engram_saves` takes them. A scan reads the bits
+64 at a time, so a table of 10^8 rows costs half a millisecond when nothing is dirty.
+"""
+
+from typing import Any, no_type_check
+
+import numba
+import numpy as np
+from jaxtyping import Int64
+from numpy.typing import NDArray
+
+_WORD = 64
+
+
+class DirtyRows:
+    """A set of local rows as a packed bitmap; not to be used by two threads at once.
+
+    Args:
+        num_rows: rows of the rank.
+    """
+
+    def __init__(self, num_rows: int) -> None:
+        self.num_rows = num_rows
+        self._words: NDArray[np.uint64] = np.zeros(-(-num_rows // _WORD), dtype=np.uint64)
+
+    def mark(self, local: Int64[np.ndarray[Any, Any], " marked"]) -> None:
+        """Add rows, given by their local numbers; runs without the interpreter's lock."""
+        _mark(self._words, local)
+
+    def take(self) -> Int64[np.ndarray[Any, Any], " dirty"]:
+        """The rows of the set in ascending order; afterwards the set is empty."""
+        rows = np.empty(_count(self._words), dtype=np.int64)
+        _take(self._words, rows)
+        return rows
+
+
+@numba.njit(nogil=True, cache=True)
+@no_type_check
+def _mark(words: NDArray[np.uint64], local: NDArray[np.int64]) -> None:
+    for row in local:
+        words[row >> 6] |= np.uint64(1) << np.uint64(row & 63)
+
+
+@numba.njit(nogil=True, cache=True)
+@no_type_check
+def _count(words: NDArray[np.uint64]) -> int:
+    total = 0
+    for word in words:
+        while word:
+            word &= word - np.uint64(1)  # noqa: PLW2901 - without its lowest bit
+            total += 1
+    return total
+
+
+@numba.njit(nogil=True, cache=True)
+@no_type_check
+def _take(words: NDArray[np.uint64], rows: NDArray[np.int64]) -> None:
+    place = 0
+    for number in range(len(words)):
+        word = words[number]
+        bit = 0
+        while word:
+            if word & np.uint64(1):
+                rows[place] = number * 64 + bit
+                place += 1
+            word >>= np.uint64(1)
+            bit += 1
+        if words[number]:
+            words[number] = 0
