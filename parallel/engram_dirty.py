@@ -29,10 +29,19 @@ class DirtyRows:
         """Add rows, given by their local numbers; runs without the interpreter's lock."""
         _mark(self._words, local)
 
+    def __len__(self) -> int:
+        return int(_count(self._words))
+
+    def rows(self) -> Int64[np.ndarray[Any, Any], " dirty"]:
+        """The rows of the set, in ascending order."""
+        rows = np.empty(len(self), dtype=np.int64)
+        _list(self._words, rows)
+        return rows
+
     def take(self) -> Int64[np.ndarray[Any, Any], " dirty"]:
-        """The rows of the set in ascending order; afterwards the set is empty."""
-        rows = np.empty(_count(self._words), dtype=np.int64)
-        _take(self._words, rows)
+        """The rows of the set; afterwards it is empty."""
+        rows = self.rows()
+        self._words[:] = 0
         return rows
 
 
@@ -56,7 +65,7 @@ def _count(words: NDArray[np.uint64]) -> int:
 
 @numba.njit(nogil=True, cache=True)
 @no_type_check
-def _take(words: NDArray[np.uint64], rows: NDArray[np.int64]) -> None:
+def _list(words: NDArray[np.uint64], rows: NDArray[np.int64]) -> None:
     place = 0
     for number in range(len(words)):
         word = words[number]
@@ -67,5 +76,3 @@ def _take(words: NDArray[np.uint64], rows: NDArray[np.int64]) -> None:
                 place += 1
             word >>= np.uint64(1)
             bit += 1
-        if words[number]:
-            words[number] = 0

@@ -2,9 +2,9 @@
 
 `engram_saves` writes such files and reads them back, `engram_reader` looks rows up in them. A file
 is a safetensors file. For each layer it has the tensors `layers.<layer>.<array>`, one for each
-array of the store (rows and optimizer states); their rows are those of the range that the metadata
-say, or, where only some rows were written, those of the ascending tensor `layers.<layer>.index`.
-Rows are numbered within the LAYER's table, so any group, with any layers, can read what it needs.
+array of the store (rows and optimizer states): of all rows that the rank held (`FileEntry.held`), or
+of those in the ascending tensor `layers.<layer>.index`. Rows are numbered within the LAYER's table,
+so any group, with any layers, can read what it needs.
 """
 
 import hashlib
@@ -14,6 +14,7 @@ import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,21 +39,21 @@ _HASH_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
-class LayerTable:
+class TablePlace:
     """A layer's table as a part of the flat table of its pipeline stage's ranks."""
 
     layer: int
-    offset: int
-    """Flat number of its first row."""
+    first_row: int
+    """Its flat number."""
     num_rows: int
 
     def held(self, rank: int, ranks: int) -> range:
         """Rows of the layer on a rank of the group: those with flat number = rank modulo ranks."""
-        return range((rank - self.offset) % ranks, self.num_rows, ranks)
+        return range((rank - self.first_row) % ranks, self.num_rows, ranks)
 
     def local(self, row: int, ranks: int) -> int:
         """Local number of a row of the layer on the rank that holds it."""
-        return (self.offset + row) // ranks
+        return (self.first_row + row) // ranks
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,12 @@ class FileEntry:
     sha256: str
     rows: int
     """Over all layers."""
+    held: dict[int, tuple[int, int, int]]
+    """Rows of each layer that it has, or, with an index, may have: start, stop, step."""
+
+    def rows_of(self, layer: int) -> range:
+        """Those of a layer."""
+        return range(*self.held.get(layer, (0, 0, 1)))
 
 
 class StoppedError(Exception):
@@ -104,22 +111,27 @@ def places(rows: range, within: range) -> slice:
     return slice(first, first + (len(rows) - 1) * step + 1, step)
 
 
-def choose(tables: Sequence[LayerTable], rank: int, ranks: int, chosen: Numbers) -> list[Section]:
-    """The sections of some rows of a rank.
+def sections_of(
+    tables: Sequence[TablePlace], rank: int, ranks: int, chosen: Numbers | None = None
+) -> list[Section]:
+    """What to write of a rank, layer by layer; layers without rows are left out.
 
     Args:
-        tables: of the rank's group, in the order of their offsets.
+        tables: of the rank's group.
         rank: in the group.
         ranks: of the group.
-        chosen: ascending local numbers.
+        chosen: ascending local numbers; None: all rows.
     """
     sections = []
     for table in tables:
         held = table.held(rank, ranks)
         first = table.local(held.start, ranks)
-        begin, end = np.searchsorted(chosen, [first, first + len(held)])
-        if begin < end:
-            sections.append(Section(table.layer, held, first, chosen[begin:end]))
+        section = Section(table.layer, held, first)
+        if chosen is not None:
+            begin, end = np.searchsorted(chosen, [first, first + len(held)])
+            section = Section(table.layer, held, first, chosen[begin:end])
+        if len(section):
+            sections.append(section)
     return sections
 
 
@@ -138,7 +150,7 @@ def write_file(
     ]
     # Wide types first: with no gaps, which the format forbids, all stay aligned.
     tensors.sort(key=lambda tensor: -_dtype(arrays, tensor[2]).itemsize)
-    header = _header(arrays, sections, tensors)
+    header = _header(arrays, tensors)
     digest, size = hashlib.sha256(header), len(header)
     try:
         with path.open("wb") as stream:
@@ -156,28 +168,23 @@ def write_file(
     except StoppedError:
         path.unlink()
         raise
-    return FileEntry(path.name, size, digest.hexdigest(), sum(map(len, sections)))
+    held = {s.layer: (s.held.start, s.held.stop, s.held.step) for s in sections}
+    return FileEntry(path.name, size, digest.hexdigest(), sum(map(len, sections)), held)
 
 
-def check_file(path: Path, entry: FileEntry) -> str | None:
+def check_file(folder: Path, entry: FileEntry) -> str | None:
     """What is wrong with a file, None if it is the one that was written: reads all of it."""
-    if (wrong := check_size(path, entry)) is not None:
-        return wrong
+    path = folder / entry.name
+    if not path.is_file():
+        return f"{path}: missing"
+    if (size := path.stat().st_size) != entry.size:
+        return f"{path}: has {size} bytes, not {entry.size}"
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while block := stream.read(_HASH_BYTES):
             digest.update(block)
     if digest.hexdigest() != entry.sha256:
-        return f"{path}: the file is damaged: sha256 {digest.hexdigest()}, not {entry.sha256}"
-    return None
-
-
-def check_size(path: Path, entry: FileEntry) -> str | None:
-    """What can be said to be wrong with a file without reading it."""
-    if not path.is_file():
-        return f"{path}: missing"
-    if (size := path.stat().st_size) != entry.size:
-        return f"{path}: has {size} bytes, not {entry.size}"
+        return f"{path}: damaged: sha256 {digest.hexdigest()}, not {entry.sha256}"
     return None
 
 
@@ -185,31 +192,35 @@ class RowFile:
     """A file, mapped into memory: only what is asked for is read.
 
     Args:
-        path: of the file; its size is that of its manifest entry (`check_size`).
+        folder: where it is.
+        entry: of the file, which `check_file` found as it was written.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._bytes: NDArray[np.uint8] = np.memmap(path, dtype=np.uint8, mode="r")
-        begin = 8 + int.from_bytes(self._bytes[:8].tobytes(), "little")
-        self._header: dict[str, Any] = json.loads(self._bytes[8:begin].tobytes())
-        self._data = self._bytes[begin:]
-        metadata: dict[str, str] = self._header.pop("__metadata__")
-        self.held = {int(layer): range(*json.loads(text)) for layer, text in metadata.items()}
-        """Rows of each layer that the file has, or, with an index, may have."""
+    def __init__(self, folder: Path, entry: FileEntry) -> None:
+        self._path, self._entry = folder / entry.name, entry
+
+    @cached_property
+    def _content(self) -> tuple[dict[str, Any], NDArray[np.uint8]]:
+        """Header and data."""
+        mapped: NDArray[np.uint8] = np.memmap(self._path, dtype=np.uint8, mode="r")
+        begin = 8 + int.from_bytes(mapped[:8].tobytes(), "little")
+        return json.loads(mapped[8:begin].tobytes()), mapped[begin:]
 
     def array(self, layer: int, name: str) -> NDArray[Any]:
         """An array of a layer, or its index."""
-        info = self._header[f"layers.{layer}.{name}"]
+        header, data = self._content
+        info = header[f"layers.{layer}.{name}"]
         begin, end = info["data_offsets"]
-        values = self._data[begin:end].view(_DTYPES[info["dtype"]])
-        return values.reshape(info["shape"])
+        return data[begin:end].view(_DTYPES[info["dtype"]]).reshape(info["shape"])
 
     def index(self, layer: int) -> Numbers | None:
-        """Rows of the layer that are here, ascending; None: all of `held`."""
-        return self.array(layer, INDEX) if f"layers.{layer}.{INDEX}" in self._header else None
+        """Rows of the layer that are here, ascending; None: all that the rank held."""
+        return self.array(layer, INDEX) if f"layers.{layer}.{INDEX}" in self._content[0] else None
 
-    def copy_rows(self, table: LayerTable, rank: int, ranks: int, arrays: Arrays) -> Numbers:
-        """Copy the rows that a rank holds, where they are in the file.
+    def copy_rows(
+        self, table: TablePlace, rank: int, ranks: int, arrays: Arrays
+    ) -> Iterator[Numbers]:
+        """Copy the rows that a rank holds, where they are in the file, piece by piece.
 
         Of a file without an index rows of zeros are left out, so that pages of a table that were
         never touched stay untouched.
@@ -220,29 +231,25 @@ class RowFile:
             ranks: of the group.
             arrays: of the rank's store; with zeros, or, if the file has an index, older values.
 
-        Returns:
+        Yields:
             Local numbers of the rows that were copied.
         """
-        held = table.held(rank, ranks)
-        rows = common_rows(self.held.get(table.layer, range(0)), held)
+        rows = common_rows(self._entry.rows_of(table.layer), table.held(rank, ranks))
         if not rows:
-            return np.empty(0, np.int64)
+            return
         to = {name: as_records(array) for name, array in arrays.items()}
         here = {name: as_records(self.array(table.layer, name)) for name in arrays}
         size = sum(records.dtype.itemsize for records in here.values())
-        copied = []
         for source, numbers in self._pieces(table.layer, rows, max(1, _CHUNK_BYTES // size)):
-            local = (table.offset + numbers) // ranks
+            local = (table.first_row + numbers) // ranks
+            parts = {name: records[source] for name, records in here.items()}
             if isinstance(source, slice):
-                written = _any_byte([records[source] for records in here.values()])
+                written = _any_byte(list(parts.values()))
                 local = local[written]
-                for name, records in here.items():
-                    to[name][local] = records[source][written]
-            else:
-                for name, records in here.items():
-                    to[name][local] = records[source]
-            copied.append(local)
-        return np.concatenate(copied)
+                parts = {name: part[written] for name, part in parts.items()}
+            for name, part in parts.items():
+                to[name][local] = part
+            yield local
 
     def _pieces(
         self, layer: int, rows: range, length: int
@@ -253,7 +260,7 @@ class RowFile:
             for begin in range(0, len(rows), length):
                 part = rows[begin : begin + length]
                 numbers = np.arange(part.start, part.stop, part.step, dtype=np.int64)
-                yield places(part, self.held[layer]), numbers
+                yield places(part, self._entry.rows_of(layer)), numbers
             return
         for begin in range(0, len(index), length):
             numbers = index[begin : begin + length]
@@ -280,15 +287,9 @@ def _dtype(arrays: Arrays, name: str) -> np.dtype[Any]:
     return np.dtype(np.int64) if name == INDEX else arrays[name].dtype
 
 
-def _header(
-    arrays: Arrays, sections: Sequence[Section], tensors: Sequence[tuple[str, Section, str]]
-) -> bytes:
+def _header(arrays: Arrays, tensors: Sequence[tuple[str, Section, str]]) -> bytes:
     """The header of a safetensors file."""
-    held = {str(s.layer): [s.held.start, s.held.stop, s.held.step] for s in sections}
-    header: dict[str, object] = {
-        "__metadata__": {layer: json.dumps(numbers) for layer, numbers in held.items()}
-    }
-    end = 0
+    header, end = {}, 0
     for key, section, name in tensors:
         shape = [len(section)] if name == INDEX else [len(section), *arrays[name].shape[1:]]
         dtype = _dtype(arrays, name)
@@ -303,14 +304,15 @@ def _chunks(arrays: Arrays, section: Section, name: str) -> Iterator[NDArray[Any
     """The bytes of a tensor, in copies: others may write to the arrays, and hash and file agree."""
     if name == INDEX:
         assert section.chosen is not None
-        yield section.held.start + (section.chosen - section.local) * section.held.step
+        for begin in range(0, len(section), _CHUNK_BYTES // 8):
+            chosen = section.chosen[begin : begin + _CHUNK_BYTES // 8]
+            yield section.held.start + (chosen - section.local) * section.held.step
         return
-    records = as_records(arrays[name])
+    records = as_records(arrays[name])[section.local : section.local + len(section.held)]
     length = max(1, _CHUNK_BYTES // records.dtype.itemsize)
     for begin in range(0, len(section), length):
-        end = min(begin + length, len(section))
         if section.chosen is None:
-            part = records[section.local + begin : section.local + end].copy()
+            yield records[begin : begin + length].copy().view(np.uint8)
         else:
-            part = records[section.chosen[begin:end]]
-        yield part.view(np.uint8)
+            chosen = section.chosen[begin : begin + length]
+            yield records[chosen - section.local].view(np.uint8)
