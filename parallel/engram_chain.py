@@ -92,7 +92,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         manifest = _ADAPTER.validate_json(path.read_bytes())
     except ValidationError as error:
-        raise ValueError(f"{path}: the file is damaged: {error}") from error
+        raise ValueError(f"{path}: damaged: {error.errors()[0]['msg']}") from error
     if manifest.format != _FORMAT:
         raise ValueError(f"{path}: format {manifest.format}; this version reads {_FORMAT}")
     return manifest

@@ -268,13 +268,13 @@ class RowFile:
             yield begin + mine, numbers[mine]
 
 
-def as_records(array: NDArray[Any]) -> NDArray[np.void]:
+def as_records(array: NDArray[Any]) -> NDArray[Any]:
     """A view of an array with one element for each row, whatever the row is made of."""
     width = math.prod(array.shape[1:]) * array.itemsize
     return array.reshape(len(array), -1).view(np.dtype((np.void, width))).reshape(-1)
 
 
-def _any_byte(arrays: Sequence[NDArray[np.void]]) -> Bool[np.ndarray[Any, Any], " rows"]:
+def _any_byte(arrays: Sequence[NDArray[Any]]) -> Bool[np.ndarray[Any, Any], " rows"]:
     """Which rows are not zero in every bit of every array."""
     found = np.zeros(len(arrays[0]), dtype=np.bool_)
     for records in arrays:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
 import numpy as np
 import torch.distributed as dist
@@ -53,6 +53,7 @@ SCRATCH = "engram-base.tmp"
 T = TypeVar("T")
 
 
+@runtime_checkable
 class Marks(Protocol):
     """Who is told which rows change."""
 
@@ -60,6 +61,7 @@ class Marks(Protocol):
         """Note rows, by their local numbers."""
 
 
+@runtime_checkable
 class Store(Protocol):
     """The rows of a rank; `parallel.engram_rows.RowStore`."""
 
@@ -67,6 +69,7 @@ class Store(Protocol):
     trackers: list[Marks]
 
 
+@runtime_checkable
 class Jobs(Protocol):
     """The thread that owns a store; `parallel.engram_service.TableService`."""
 
