@@ -4,12 +4,10 @@ A `RowStore` marks the rows of each update in it, `engram_saves` takes them. A s
 64 at a time, so a table of 10^8 rows costs half a millisecond when nothing is dirty.
 """
 
-from typing import Any, no_type_check
-
-import numba
 import numpy as np
-from jaxtyping import Int64
-from numpy.typing import NDArray
+from jaxtyping import Int, Int64, UInt64
+
+from parallel.compiled import compiled
 
 _WORD = 64
 
@@ -23,38 +21,36 @@ class DirtyRows:
 
     def __init__(self, num_rows: int) -> None:
         self.num_rows = num_rows
-        self._words: NDArray[np.uint64] = np.zeros(-(-num_rows // _WORD), dtype=np.uint64)
+        self._words = np.zeros(-(-num_rows // _WORD), dtype=np.uint64)
 
-    def mark(self, local: Int64[np.ndarray[Any, Any], " marked"]) -> None:
-        """Add rows, given by their local numbers; runs without the interpreter's lock."""
+    def mark(self, local: Int[np.ndarray, "marked"]) -> None:
+        """Add rows, by their local numbers; runs without the interpreter's lock."""
         _mark(self._words, local)
 
     def __len__(self) -> int:
         return int(_count(self._words))
 
-    def rows(self) -> Int64[np.ndarray[Any, Any], " dirty"]:
+    def rows(self) -> Int64[np.ndarray, "dirty"]:
         """The rows of the set, in ascending order."""
         rows = np.empty(len(self), dtype=np.int64)
         _list(self._words, rows)
         return rows
 
-    def take(self) -> Int64[np.ndarray[Any, Any], " dirty"]:
+    def take(self) -> Int64[np.ndarray, "dirty"]:
         """The rows of the set; afterwards it is empty."""
         rows = self.rows()
         self._words[:] = 0
         return rows
 
 
-@numba.njit(nogil=True, cache=True)
-@no_type_check
-def _mark(words: NDArray[np.uint64], local: NDArray[np.int64]) -> None:
+@compiled
+def _mark(words: UInt64[np.ndarray, "words"], local: Int[np.ndarray, "marked"]) -> None:
     for row in local:
         words[row >> 6] |= np.uint64(1) << np.uint64(row & 63)
 
 
-@numba.njit(nogil=True, cache=True)
-@no_type_check
-def _count(words: NDArray[np.uint64]) -> int:
+@compiled
+def _count(words: UInt64[np.ndarray, "words"]) -> int:
     total = 0
     for word in words:
         while word:
@@ -63,9 +59,8 @@ def _count(words: NDArray[np.uint64]) -> int:
     return total
 
 
-@numba.njit(nogil=True, cache=True)
-@no_type_check
-def _list(words: NDArray[np.uint64], rows: NDArray[np.int64]) -> None:
+@compiled
+def _list(words: UInt64[np.ndarray, "words"], rows: Int64[np.ndarray, "dirty"]) -> None:
     place = 0
     for number in range(len(words)):
         word = words[number]

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 Arrays = Mapping[str, NDArray[Any]]
 """Of a store: name -> array whose first dim is the rank's rows."""
-Numbers = Int64[np.ndarray[Any, Any], " numbers"]
+Numbers = Int64[np.ndarray, "numbers"]
 
 INDEX = "index"
 """Tensor beside the arrays that says which rows they are of."""
@@ -70,6 +70,12 @@ class Section:
 
     def __len__(self) -> int:
         return len(self.held) if self.chosen is None else len(self.chosen)
+
+    def rows(self, begin: int, end: int) -> Numbers:
+        """Local numbers of some of the rows to write, by their places among them."""
+        if self.chosen is not None:
+            return self.chosen[begin:end]
+        return np.arange(self.local + begin, self.local + min(end, len(self.held)), dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -136,9 +142,21 @@ def sections_of(
 
 
 def write_file(
-    path: Path, arrays: Arrays, sections: Sequence[Section], stop: threading.Event | None = None
+    path: Path,
+    arrays: Arrays,
+    sections: Sequence[Section],
+    *,
+    ahead: Callable[[Numbers], None] | None = None,
+    stop: threading.Event | None = None,
 ) -> FileEntry:
-    """Write rows of the live arrays, durable when this returns; needs a few chunks of memory.
+    """Write rows of live arrays, durable when this returns; needs a few chunks of memory.
+
+    Args:
+        path: of the file.
+        arrays: of the store.
+        sections: the rows.
+        ahead: is told which local rows are going to be read: they may be on a drive.
+        stop: to be set by another thread.
 
     Raises:
         StoppedError: `stop` was set; the file is gone.
@@ -156,7 +174,7 @@ def write_file(
         with path.open("wb") as stream:
             stream.write(header)
             for _, section, name in tensors:
-                for chunk in _chunks(arrays, section, name):
+                for chunk in _chunks(arrays, section, name, ahead):
                     if stop is not None and stop.is_set():
                         raise StoppedError
                     data = chunk.data.cast("B")
@@ -202,7 +220,7 @@ class RowFile:
     @cached_property
     def _content(self) -> tuple[dict[str, Any], NDArray[np.uint8]]:
         """Header and data."""
-        mapped: NDArray[np.uint8] = np.memmap(self._path, dtype=np.uint8, mode="r")
+        mapped: NDArray[np.uint8] = np.asarray(np.memmap(self._path, dtype=np.uint8, mode="r"))
         begin = 8 + int.from_bytes(mapped[:8].tobytes(), "little")
         return json.loads(mapped[8:begin].tobytes()), mapped[begin:]
 
@@ -274,7 +292,7 @@ def as_records(array: NDArray[Any]) -> NDArray[Any]:
     return array.reshape(len(array), -1).view(np.dtype((np.void, width))).reshape(-1)
 
 
-def _any_byte(arrays: Sequence[NDArray[Any]]) -> Bool[np.ndarray[Any, Any], " rows"]:
+def _any_byte(arrays: Sequence[NDArray[Any]]) -> Bool[np.ndarray, "rows"]:
     """Which rows are not zero in every bit of every array."""
     found = np.zeros(len(arrays[0]), dtype=np.bool_)
     for records in arrays:
@@ -300,19 +318,19 @@ def _header(arrays: Arrays, tensors: Sequence[tuple[str, Section, str]]) -> byte
     return len(text).to_bytes(8, "little") + text
 
 
-def _chunks(arrays: Arrays, section: Section, name: str) -> Iterator[NDArray[Any]]:
+def _chunks(
+    arrays: Arrays, section: Section, name: str, ahead: Callable[[Numbers], None] | None
+) -> Iterator[NDArray[Any]]:
     """The bytes of a tensor, in copies: others may write to the arrays, and hash and file agree."""
-    if name == INDEX:
-        assert section.chosen is not None
-        for begin in range(0, len(section), _CHUNK_BYTES // 8):
-            chosen = section.chosen[begin : begin + _CHUNK_BYTES // 8]
-            yield section.held.start + (chosen - section.local) * section.held.step
-        return
-    records = as_records(arrays[name])[section.local : section.local + len(section.held)]
-    length = max(1, _CHUNK_BYTES // records.dtype.itemsize)
+    records = as_records(arrays[name]) if name != INDEX else None
+    size = 8 if records is None else records.dtype.itemsize
+    length = max(1, _CHUNK_BYTES // size)
     for begin in range(0, len(section), length):
-        if section.chosen is None:
-            yield records[begin : begin + length].copy().view(np.uint8)
-        else:
-            chosen = section.chosen[begin : begin + length]
-            yield records[chosen - section.local].view(np.uint8)
+        rows = section.rows(begin, begin + length)
+        if records is None:
+            yield section.held.start + (rows - section.local) * section.held.step
+            continue
+        if ahead is not None:
+            ahead(rows)
+        part = rows if section.chosen is not None else slice(rows[0], rows[0] + len(rows))
+        yield records[part].copy().view(np.uint8)

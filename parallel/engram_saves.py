@@ -16,6 +16,7 @@ goes on with it.
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast, runtime_checkable
@@ -35,7 +36,6 @@ from parallel.engram_chain import (
 )
 from parallel.engram_dirty import DirtyRows
 from parallel.engram_files import (
-    Arrays,
     FileEntry,
     RowFile,
     Section,
@@ -46,6 +46,7 @@ from parallel.engram_files import (
     sections_of,
     write_file,
 )
+from parallel.engram_rows import Marks
 
 SCRATCH = "engram-base.tmp"
 """Beside the checkpoints: bases that are not whole. What a run finds there when it starts is worthless."""
@@ -54,19 +55,14 @@ T = TypeVar("T")
 
 
 @runtime_checkable
-class Marks(Protocol):
-    """Who is told which rows change."""
-
-    def mark(self, local: NDArray[np.int64]) -> None:
-        """Note rows, by their local numbers."""
-
-
-@runtime_checkable
 class Store(Protocol):
     """The rows of a rank; `parallel.engram_rows.RowStore`."""
 
     arrays: dict[str, NDArray[Any]]
     trackers: list[Marks]
+
+    def prefault(self, local: NDArray[np.int64]) -> None:
+        """Ask for the memory of rows ahead of their use."""
 
 
 @runtime_checkable
@@ -229,9 +225,11 @@ class TableSaver:
         self._plan_base(sum(_gather(touched)))
 
     def close(self) -> None:
-        """Give up a base that is being written; the store's memory may be freed afterwards."""
+        """Give up a base that is being written; the store may be closed afterwards."""
         if self._base:
             self._base.stop()
+            with suppress(OSError):  # others may have files in it
+                self._base.path.parent.rmdir()
 
     def _attach(self, store: Store) -> ArrayTypes:
         store.trackers.append(self._dirty)
@@ -277,7 +275,7 @@ class TableSaver:
         scratch = self._source.parents[1] / SCRATCH
         scratch.mkdir(exist_ok=True)
         path = scratch / f"{dist.get_rank():05d}"
-        return _BaseWriter(path, store.arrays, sections)
+        return _BaseWriter(path, store, sections)
 
     def _differences(self, manifest: Manifest) -> list[str]:
         """Why the rows of a chain are not those of this rank's tables."""
@@ -300,11 +298,12 @@ class TableSaver:
 
 
 class _BaseWriter(threading.Thread):
-    """Writes sections of live arrays to a file, in the background."""
+    """Writes sections of the live arrays of a store to a file, in the background."""
 
-    def __init__(self, path: Path, arrays: Arrays, sections: Sequence[Section]) -> None:
+    def __init__(self, path: Path, store: Store, sections: Sequence[Section]) -> None:
         super().__init__(name="engram base", daemon=True)
-        self.path, self._arrays, self._sections = path, arrays, sections
+        self.path, self._sections = path, sections
+        self._arrays, self._prefault = dict(store.arrays), store.prefault
         self._stop_request = threading.Event()
         self.entry: FileEntry | None = None
         """Once the file is whole."""
@@ -314,7 +313,13 @@ class _BaseWriter(threading.Thread):
     def run(self) -> None:
         """Write the file."""
         try:
-            self.entry = write_file(self.path, self._arrays, self._sections, self._stop_request)
+            self.entry = write_file(
+                self.path,
+                self._arrays,
+                self._sections,
+                ahead=self._prefault,
+                stop=self._stop_request,
+            )
         except StoppedError:
             pass
         except Exception as error:  # raised in the next save

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch.distributed as dist
@@ -13,7 +14,8 @@ from parallel import engram_files
 from parallel.engram_chain import read_manifest
 from parallel.engram_dirty import DirtyRows
 from parallel.engram_files import TablePlace
-from parallel.engram_saves import Marks, TableSaver
+from parallel.engram_rows import Marks
+from parallel.engram_saves import TableSaver
 from train.checkpoint.commit import (
     begin,
     checkpoint_path,
@@ -79,6 +81,9 @@ class Store:
             change(self.arrays, local, mine)
             for tracker in self.trackers:
                 tracker.mark(local)
+
+    def prefault(self, local: NDArray[np.int64]) -> None:
+        assert len(local) == 0 or 0 <= local.min() <= local.max() < len(self.arrays["rows"])
 
     def differences(self, steps: int) -> int:
         """Rows that are not what they should be after a number of steps."""
@@ -179,11 +184,10 @@ def kinds(checkpoint: Path) -> list[tuple[str, int]]:
 def write_slowly(pause: Callable[[], None], chunk_bytes: int = 256) -> None:
     """Let files be written and read in small pieces in this process, with a pause before each."""
     chunks = engram_files._chunks
-    engram_files._CHUNK_BYTES = chunk_bytes
 
     def paused(*args: Any) -> Any:
         for chunk in chunks(*args):
             pause()
             yield chunk
 
-    engram_files._chunks = paused
+    patch.multiple(engram_files, _chunks=paused, _CHUNK_BYTES=chunk_bytes).start()

@@ -11,7 +11,17 @@ import pytest
 
 from parallel.engram_chain import read_manifest
 from parallel.engram_files import RowFile, TablePlace
-from tests.distributed.engram_runs import ROWS, Run, blank, compile_loops, kinds, write_slowly
+from parallel.engram_reader import open_tables
+from tests.distributed.engram_runs import (
+    ROWS,
+    WIDTH,
+    Run,
+    after,
+    blank,
+    compile_loops,
+    kinds,
+    write_slowly,
+)
 from tests.harness import fork_ranks, run_distributed
 from train.checkpoint.commit import newest_checkpoint
 
@@ -256,3 +266,33 @@ def test_kill_9_at_any_moment_of_saving_loses_nothing(tmp_path: Path) -> None:
 @pytest.mark.timeout(300)
 def test_kill_9_at_many_moments_of_saving_loses_nothing(tmp_path: Path) -> None:
     kill_and_go_on(tmp_path, 60)
+
+
+def looked_up(rank: int, run_dir: Path) -> None:
+    """A reader finds every row of a base and of saves by two layouts, and what never changed."""
+    reader = open_tables(run_dir)
+    step = int(run_dir.name.removeprefix("step-"))
+    wanted = after(step)
+    random = np.random.default_rng(0)
+    for layer, num_rows in ROWS.items():
+        ids = random.integers(0, num_rows, size=(7, 30))
+        found = reader.rows(layer, ids)
+        assert found.dtype == np.float32
+        assert np.array_equal(found, wanted[layer]["rows"][ids])
+        assert (wanted[layer]["steps"][ids] == 0).any()
+        assert reader.rows(layer, ids[:0]).shape == (0, 30, WIDTH)
+        with pytest.raises(IndexError, match=f"row {num_rows} of layer {layer}"):
+            reader.rows(layer, np.array([0, num_rows]))
+
+
+def test_a_reader_finds_rows_of_any_layout(tmp_path: Path) -> None:
+    for world, stages, saves in ((2, [[1, 3], [5]], 4), (3, WHOLE, 1)):
+        run_distributed(in_layout, world, tmp_path, stages, saves)
+    newest = newest_checkpoint(tmp_path)
+    assert newest
+    assert {kind for kind, _ in kinds(newest[1])} == {"base", "save"}
+    looked_up(0, newest[1])
+    file = next((newest[1] / "engram").glob("base-*"))
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=f"{file.name}: has "):
+        open_tables(newest[1])
