@@ -36,7 +36,7 @@ def blank(num_rows: int) -> dict[str, NDArray[Any]]:
         "rows": np.zeros((num_rows, WIDTH), np.float32),
         "exp_avg": np.zeros((num_rows, WIDTH), np.float32),
         "steps": np.zeros(num_rows, np.int32),
-        "scale": np.zeros(num_rows, np.uint8),
+        "code": np.zeros(num_rows, np.uint8),
     }
 
 
@@ -49,7 +49,7 @@ def touched(layer: int, step: int) -> NDArray[np.int64]:
 def change(arrays: dict[str, NDArray[Any]], at: NDArray[np.int64], row: NDArray[np.int64]) -> None:
     """Update rows in place; what becomes of one depends on its number and its values."""
     arrays["steps"][at] += 1
-    arrays["scale"][at] = (row + arrays["steps"][at]) % 251
+    arrays["code"][at] = (row + arrays["steps"][at]) % 251
     gradient = np.sin(row[:, None] + np.arange(WIDTH) + arrays["rows"][at], dtype=np.float32)
     arrays["exp_avg"][at] = 0.9 * arrays["exp_avg"][at] + 0.1 * gradient
     arrays["rows"][at] -= arrays["exp_avg"][at]

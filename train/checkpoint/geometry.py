@@ -39,7 +39,15 @@ def geometry_of(config: RunConfig, engrams: Mapping[int, Engram]) -> Geometry:
     """
     engram, host = config.model.engram, tables_in_host_memory(config)
     assert engram is not None, "a model without tables"
-    keys = ("layers", "ngram_orders", "num_heads", "head_dim", "rows_per_head", "seed", "pad_token_id")
+    keys = (
+        "layers",
+        "ngram_orders",
+        "num_heads",
+        "head_dim",
+        "rows_per_head",
+        "seed",
+        "pad_token_id",
+    )
     recipe = {f"model.engram.{key}": getattr(engram, key) for key in keys}
     recipe[_STORAGE] = "host" if host else "device"
     if host:
