@@ -27,11 +27,18 @@ from train.checkpoint.commit import holds_only_weights, newest_checkpoint
 from train.config import RunConfig
 from train.recipe import load_resolved
 
+FRESH = "checkpoint.unfit_tables=fresh"
+"""Said by who resumes with other tables of Engram."""
 CHANGEABLE = (
     *("train.steps", "train.micro_batch_size"),
     *("checkpoint", "evaluate", "monitor", "launch", "parallel"),
 )
 """What may change when a run goes on: how long and how it is run, not what is learned from what."""
+CHANGEABLE_WITH_FRESH_TABLES = (
+    *("model.engram.rows_per_head", "model.engram.seed", "model.engram.pad_token_id"),
+    "optim.engram_optimizer",
+)
+"""What may change as well if Engram's tables start at zero again."""
 CHANGEABLE_BEFORE_TRAINING = (*("train", "data", "optim"), *CHANGEABLE)
 """What may change while a run holds imported weights and nothing has been trained."""
 
@@ -76,7 +83,7 @@ def resume(run_dir: Path, overrides: Sequence[str]) -> int:
     before = load_resolved(run_dir / "recipe.yaml")
     newest = newest_checkpoint(run_dir)
     begun = newest is None or not holds_only_weights(newest[1])
-    config = change(before, overrides, CHANGEABLE if begun else CHANGEABLE_BEFORE_TRAINING)
+    config = change(before, overrides, _changeable(before, overrides, begun=begun))
     if problems := obstacles(config):
         raise RecipeError([*problems, *_started_elsewhere(run_dir)])
     step = newest[0] if newest else 0
@@ -93,6 +100,26 @@ def resume(run_dir: Path, overrides: Sequence[str]) -> int:
     if config != before:
         write_recipe(run_dir, config, overrides)
     return _run_and_summarize(run_dir, config)
+
+
+def _changeable(before: RunConfig, overrides: Sequence[str], *, begun: bool) -> tuple[str, ...]:
+    """Keys and sections that may change.
+
+    Raises:
+        RecipeError: an override changes Engram's tables and does not say that they start fresh.
+    """
+    fresh = FRESH in overrides or before.checkpoint.unfit_tables == "fresh"
+    changed = [text for text in overrides if text.startswith(CHANGEABLE_WITH_FRESH_TABLES)]
+    if changed and not fresh:
+        raise RecipeError(
+            [
+                f"{text}: rows that were trained would mean something else; leave it out, or add "
+                f"{FRESH} to keep everything else and start Engram's tables at zero"
+                for text in changed
+            ]
+        )
+    allowed = CHANGEABLE if begun else CHANGEABLE_BEFORE_TRAINING
+    return (*CHANGEABLE_WITH_FRESH_TABLES, *allowed) if fresh else allowed
 
 
 def obstacles(config: RunConfig) -> list[str]:

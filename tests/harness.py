@@ -6,6 +6,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing.context import ForkProcess
 from multiprocessing.queues import Queue
 from pathlib import Path
 from queue import Empty
@@ -53,6 +54,30 @@ def run_distributed(
     if len(answers) < world_size:
         raise TimeoutError(f"only ranks {sorted(answers)} finished in {timeout} s")
     return [answers[rank][1] for rank in range(world_size)]
+
+
+def fork_ranks(
+    function: Callable[..., Any], world_size: int, store: Path, *args: Any
+) -> list[ForkProcess]:
+    """Start ranks as `run_distributed` does, and leave them to the caller.
+
+    Args:
+        function: called as `function(rank, *args)`.
+        world_size: number of ranks.
+        store: a file that does not exist, by which they meet.
+        args: for the function.
+    """
+    context = multiprocessing.get_context("fork")
+    results: Queue[tuple[int, str | None, Any]] = context.Queue()
+    ranks = [
+        context.Process(
+            target=_run_rank, args=(function, rank, world_size, str(store), results, args)
+        )
+        for rank in range(world_size)
+    ]
+    for process in ranks:
+        process.start()
+    return ranks
 
 
 def _collect(

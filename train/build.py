@@ -24,6 +24,7 @@ from parallel.mesh import Meshes, build_mesh
 from parallel.pipeline import Pipeline
 from parallel.pipeline_stages import PipelineStages
 from parallel.torch_compat import find_cpp_compiler
+from train.checkpoint.tables import TableCheckpoint
 from train.config import RunConfig
 from train.engine import DataEngine, FullyShardedEngine
 from train.memory import HostMemory
@@ -66,6 +67,8 @@ class Training:
     """Number of ranks that see different sequences."""
     memory: HostMemory | None = None
     """Engram's tables of this rank's stages in host memory; None: there are none there."""
+    tables: TableCheckpoint | None = None
+    """What checkpoints hold of Engram beside parameters; None: the model has none."""
 
     def phase(self, step: int) -> Phase:
         """What batches optimizer step `step` trains on."""
@@ -166,6 +169,22 @@ def build(config: RunConfig) -> Training:
         data_rank=layout.data_rank(dist.get_rank()),
         data_size=layout.data_parallel_size,
         memory=memory,
+        tables=build_table_checkpoint(config, meshes, model, memory),
+    )
+
+
+def build_table_checkpoint(
+    config: RunConfig, meshes: Meshes, model: RankModel, memory: HostMemory | None
+) -> TableCheckpoint | None:
+    """What saves and restores Engram's tables; None if the model has none."""
+    if config.model.engram is None:
+        return None
+    return TableCheckpoint(
+        config,
+        model.engram_layers(),
+        memory,
+        rank=meshes.stage.get_local_rank(),
+        ranks=meshes.stage.size(),
     )
 
 

@@ -12,6 +12,7 @@ from train.model.config import ModelConfig, Recompute
 
 TableKind = Literal["engram", "embedding", "head"]
 EngramOptimizer = Literal["adam", "adagrad", "sinkhorn"]
+UnfitTables = Literal["refuse", "fresh"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,6 +133,10 @@ class CheckpointConfig:
     """Steps between saves; the last step is always saved."""
     keep_last: int = 2
     """Complete checkpoints that stay on disk; older ones are removed after a newer one is whole."""
+    unfit_tables: UnfitTables = "refuse"
+    """What to do where a run resumes and the checkpoint's Engram tables are not those of the recipe:
+    refuse, or keep everything else and start fresh tables in host memory, at zero. Tables that fit are
+    read in any case."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

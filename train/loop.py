@@ -20,7 +20,6 @@ from train.checkpoint.state import Progress, restore, save
 from train.config import RunConfig
 from train.evaluate import evaluate
 from train.memory import HostMemory
-from train.memory_rules import tables_in_host_memory
 from train.metrics import MetricsLog, Record, append_event, open_sinks
 from train.stages import Phase, phases
 from train.step import train_step
@@ -37,10 +36,11 @@ def train(config: RunConfig, run_dir: Path, stop: StopRequest) -> int:
         The exit code of this rank: 0 done, 85 stopped on request with a checkpoint saved.
     """
     training = build(config)
-    refuse_tables_without_checkpoints(training)
     corpus = fingerprint(config.data)
     progress = resume(training, run_dir, corpus)
     with ExitStack() as stack:
+        if training.tables:
+            stack.callback(training.tables.close)
         log = open_log(training, run_dir, progress.step, stack)
         batches = open_batches(training, progress)
         exit_code = 0
@@ -70,6 +70,7 @@ def train(config: RunConfig, run_dir: Path, stop: StopRequest) -> int:
                     training.engine,
                     progress,
                     rng_state=training.backend.rng_state(),
+                    tables=training.tables,
                     corpus=corpus,
                     keep_last=config.checkpoint.keep_last,
                 )
@@ -81,19 +82,6 @@ def train(config: RunConfig, run_dir: Path, stop: StopRequest) -> int:
     return exit_code
 
 
-def refuse_tables_without_checkpoints(training: Training) -> None:
-    """No checkpoint is better than one that lacks a part of the model.
-
-    Raises:
-        ValueError: there are tables in host memory, which checkpoints do not hold yet.
-    """
-    if tables_in_host_memory(training.config):
-        raise ValueError(
-            f"parallel.engram.storage={training.config.parallel.engram.storage}: checkpoints do not "
-            "hold tables in host memory yet; use device"
-        )
-
-
 def resume(training: Training, run_dir: Path, corpus: str) -> Progress:
     """Load the newest checkpoint into `training`; the start of the run where there is none."""
     rng_state = training.backend.rng_state()
@@ -103,6 +91,7 @@ def resume(training: Training, run_dir: Path, corpus: str) -> Progress:
         training.engine,
         training.data_lanes(),
         rng_state=rng_state,
+        tables=training.tables,
         corpus=corpus,
     )
     training.backend.set_rng_state(rng_state)
@@ -123,6 +112,9 @@ def open_log(
         event="resume" if restored_step else "start",
         detail=f"{dist.get_world_size()} ranks on {training.backend.name}",
     )
+    if training.tables and training.tables.fresh_because:
+        detail = "; ".join(training.tables.fresh_because)
+        append_event(run_dir, step=restored_step, rank=0, event="fresh_tables", detail=detail)
     sinks = open_sinks(run_dir, training.config, asdict(training.config), restored_step)
     return stack.enter_context(MetricsLog(run_dir, sinks, restored_step))
 

@@ -64,6 +64,7 @@ def save_to(training: Training, run_dir: Path, progress: Progress) -> None:
         training.engine,
         progress,
         rng_state=training.backend.rng_state(),
+        tables=training.tables,
         corpus=fingerprint(training.config.data),
         keep_last=9,
     )

@@ -67,6 +67,7 @@ def save_rank(rank: int, config: RunConfig, run_dir: Path) -> tuple[dict[str, An
         training.engine,
         Progress(step=1, tokens=0, data_state=lanes),
         rng_state=training.backend.rng_state(),
+        tables=training.tables,
         corpus="",
         keep_last=1,
     )
@@ -83,6 +84,7 @@ def load_rank(rank: int, config: RunConfig, run_dir: Path) -> tuple[dict[str, An
         training.engine,
         ["lane/0"],
         rng_state=training.backend.rng_state(),
+        tables=training.tables,
         corpus="",
     )
     assert progress is not None

@@ -215,7 +215,16 @@ def save_rank(rank: int, config: RunConfig, run_dir: Path) -> dict[str, NDArray[
     progress = Progress(step=1, tokens=0, data_state=lanes)
     rng_state = training.backend.rng_state()
     model, engine = training.model, training.engine
-    save(run_dir, model, engine, progress, rng_state=rng_state, corpus="", keep_last=1)
+    save(
+        run_dir,
+        model,
+        engine,
+        progress,
+        rng_state=rng_state,
+        tables=training.tables,
+        corpus="",
+        keep_last=1,
+    )
     return states(training)
 
 
@@ -224,7 +233,9 @@ def load_rank(rank: int, config: RunConfig, run_dir: Path) -> dict[str, NDArray[
     model, engine = training.model, training.engine
     rng_state = training.backend.rng_state()
     lanes = training.data_lanes()
-    progress = restore(run_dir, model, engine, lanes, rng_state=rng_state, corpus="")
+    progress = restore(
+        run_dir, model, engine, lanes, rng_state=rng_state, tables=training.tables, corpus=""
+    )
     assert progress is not None
     assert progress.data_state.keys() == set(lanes)
     assert all(progress.data_state.values())

@@ -142,6 +142,7 @@ def save_in_warm_up(rank: int, config: RunConfig, run_dir: Path) -> dict[str, An
         training.engine,
         progress,
         rng_state=state,
+        tables=training.tables,
         corpus="",
         keep_last=1,
     )
@@ -157,6 +158,7 @@ def resume_sparse(rank: int, config: RunConfig, run_dir: Path) -> dict[str, Any]
         training.engine,
         [f"lane/{rank}"],
         rng_state=training.backend.rng_state(),
+        tables=training.tables,
         corpus="",
     )
     loaded = {name: whole(value) for name, value in training.model.named_parameters()}

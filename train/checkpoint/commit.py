@@ -48,6 +48,12 @@ def begin(run_dir: Path, step: int) -> Path:
     return temporary
 
 
+def remove_leftovers(run_dir: Path) -> None:
+    """Remove what a kill left: nothing under a name that ends in `.tmp` is part of a checkpoint."""
+    for path in (run_dir / "checkpoints").glob("*.tmp"):
+        shutil.rmtree(path)
+
+
 def commit(temporary: Path) -> Path:
     """Make the checkpoint under `temporary` the committed one; durable when this returns."""
     final = temporary.with_suffix("")

@@ -6,7 +6,8 @@
     data.lane/<number>      the position of each virtual lane of the data, as JSON
     rng.<rank>              random-number state of each rank's device
 
-plus `checkpoint.json` (step, tokens, what the corpus was). A checkpoint that was imported has only
+plus `checkpoint.json` (step, tokens, what the corpus was), and `engram/` (see `tables`) for models
+with Engram. A checkpoint that was imported has only
 weights, the first and third kind: training starts from it at step 0, with the optimizer's states at
 zero and from the beginning of the data. The learning rate is a function of the step and has no
 state. Random-number states are restored in a world of the same size only; nothing that the model
@@ -30,8 +31,10 @@ from train.checkpoint.commit import (
     commit,
     holds_only_weights,
     newest_checkpoint,
+    remove_leftovers,
     remove_old,
 )
+from train.checkpoint.tables import TableCheckpoint
 from train.engine import DataEngine
 from train.rank_model import RankModel
 
@@ -56,13 +59,17 @@ def save(
     progress: Progress,
     *,
     rng_state: Tensor,
+    tables: TableCheckpoint | None,
     corpus: str,
     keep_last: int,
 ) -> Path:
     """Write and commit the checkpoint of `progress.step`, then drop the oldest ones.
 
-    Communication: DCP's planning gathers and two barriers over the world; the tensors go from each
-    rank to its own file.
+    Communication: DCP's planning gathers, two barriers and, with tables, two gathers over the world;
+    what is saved goes from each rank to its own files.
+
+    Raises:
+        RuntimeError: the tables of some rank cannot be saved; nothing is committed, on all ranks alike.
     """
     first = dist.get_rank() == 0
     temporary = checkpoint_path(run_dir, progress.step).with_suffix(".tmp")
@@ -72,7 +79,10 @@ def save(
     state: dict[str, Any] = engine.state() | _buffers(model)
     state |= {f"data.{lane}": position for lane, position in progress.data_state.items()}
     state[f"rng.{dist.get_rank()}"] = rng_state
+    changes = tables.start(temporary, progress.step) if tables else None
     save_distributed(state, checkpoint_id=temporary)
+    if tables:
+        tables.finish(changes)
     if first:
         write_meta(
             temporary,
@@ -84,7 +94,10 @@ def save(
         commit(temporary)
         remove_old(run_dir, keep_last)
     dist.barrier()
-    return checkpoint_path(run_dir, progress.step)
+    path = checkpoint_path(run_dir, progress.step)
+    if tables:
+        tables.committed(path, progress.step)
+    return path
 
 
 def write_meta(
@@ -124,9 +137,12 @@ def restore(
     lanes: Iterable[str],
     *,
     rng_state: Tensor,
+    tables: TableCheckpoint | None,
     corpus: str,
 ) -> Progress | None:
     """Load the newest committed checkpoint in place; None where there is none.
+
+    What a kill left of a save is removed first.
 
     From a checkpoint of only weights, the optimizer's states and `rng_state` stay as they are and
     there are no data positions.
@@ -137,11 +153,15 @@ def restore(
         engine: the states of its optimizer are overwritten.
         lanes: names of the data lanes that this rank owns.
         rng_state: overwritten with this rank's, if the world has the size that it was saved with.
+        tables: of the model; those in host memory must be at zero, and are overwritten.
         corpus: fingerprint of today's corpus.
 
     Raises:
-        ValueError: the checkpoint's corpus is another one, so its data positions mean nothing here.
+        ValueError: the checkpoint's corpus is another one, so its data positions mean nothing here; or
+            its Engram tables are, or some of their files is missing or damaged.
     """
+    if dist.get_rank() == 0:
+        remove_leftovers(run_dir)
     newest = newest_checkpoint(run_dir)
     if newest is None:
         return None
@@ -151,10 +171,14 @@ def restore(
         raise ValueError(
             f"{path}: checkpoint format {meta['format']}; this version reads {FORMAT_VERSION}"
         )
+    if tables:
+        tables.check(path, run_dir)
     if holds_only_weights(path):
         state = engine.state(only_weights=True) | _buffers(model)
         load(state, checkpoint_id=path)
         engine.load_state(state)
+        if tables:
+            tables.restore(path)
         return Progress(step=step, tokens=meta["tokens"], data_state={})
     if meta["corpus"] != corpus:
         raise ValueError(
@@ -166,6 +190,8 @@ def restore(
         state[f"rng.{dist.get_rank()}"] = rng_state
     load(state, checkpoint_id=path)
     engine.load_state(state)
+    if tables:
+        tables.restore(path)
     positions = {k.removeprefix("data."): v for k, v in state.items() if k.startswith("data.")}
     return Progress(step=step, tokens=meta["tokens"], data_state=positions)
 

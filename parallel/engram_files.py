@@ -1,0 +1,336 @@
+"""A file of Engram's table rows: what one rank held, at one time, of the tables of its layers.
+
+`engram_saves` writes such files and reads them back, `engram_reader` looks rows up in them. A file
+is a safetensors file. For each layer it has the tensors `layers.<layer>.<array>`, one for each
+array of the store (rows and optimizer states): of all rows that the rank held (`FileEntry.held`), or
+of those in the ascending tensor `layers.<layer>.index`. Rows are numbered within the LAYER's table,
+so any group, with any layers, can read what it needs.
+"""
+
+import hashlib
+import json
+import math
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Int64
+from numpy.typing import NDArray
+
+Arrays = Mapping[str, NDArray[Any]]
+"""Of a store: name -> array whose first dim is the rank's rows."""
+Numbers = Int64[np.ndarray, "numbers"]
+
+INDEX = "index"
+"""Tensor beside the arrays that says which rows they are of."""
+_CODES = {
+    np.dtype(f"{kind}{bits}"): f"{code}{bits}"
+    for kind, code in {"float": "F", "int": "I", "uint": "U"}.items()
+    for bits in ((32, 64) if kind == "float" else (8, 16, 32, 64))
+}
+_DTYPES = {code: dtype for dtype, code in _CODES.items()}
+_CHUNK_BYTES = 1 << 22
+_HASH_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class TablePlace:
+    """A layer's table as a part of the flat table of its pipeline stage's ranks."""
+
+    layer: int
+    first_row: int
+    """Its flat number."""
+    num_rows: int
+
+    def held(self, rank: int, ranks: int) -> range:
+        """Rows of the layer on a rank of the group: those with flat number = rank modulo ranks."""
+        return range((rank - self.first_row) % ranks, self.num_rows, ranks)
+
+    def local(self, row: int, ranks: int) -> int:
+        """Local number of a row of the layer on the rank that holds it."""
+        return (self.first_row + row) // ranks
+
+
+@dataclass(frozen=True)
+class Section:
+    """What is written of a layer: all rows that the rank holds, or some."""
+
+    layer: int
+    held: range
+    """Rows of the layer on this rank."""
+    local: int
+    """Local number of the first of them; the others follow it."""
+    chosen: Numbers | None = None
+    """Ascending local numbers of the rows to write; None: all."""
+
+    def __len__(self) -> int:
+        return len(self.held) if self.chosen is None else len(self.chosen)
+
+    def rows(self, begin: int, end: int) -> Numbers:
+        """Local numbers of some of the rows to write, by their places among them."""
+        if self.chosen is not None:
+            return self.chosen[begin:end]
+        return np.arange(self.local + begin, self.local + min(end, len(self.held)), dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """What a manifest says about a file."""
+
+    name: str
+    size: int
+    sha256: str
+    rows: int
+    """Over all layers."""
+    held: dict[int, tuple[int, int, int]]
+    """Rows of each layer that it has, or, with an index, may have: start, stop, step."""
+
+    def rows_of(self, layer: int) -> range:
+        """Those of a layer."""
+        return range(*self.held.get(layer, (0, 0, 1)))
+
+
+class StoppedError(Exception):
+    """Writing was given up on request; nothing is left of the file."""
+
+
+def common_rows(one: range, other: range) -> range:
+    """The numbers that two ascending ranges share, by the Chinese remainder theorem."""
+    step, gcd = math.lcm(one.step, other.step), math.gcd(one.step, other.step)
+    apart = other.start - one.start
+    if apart % gcd:
+        return range(0)
+    inverse = pow(one.step // gcd, -1, other.step // gcd)
+    first = one.start + one.step * (apart // gcd * inverse % (other.step // gcd))
+    first += max(0, math.ceil((other.start - first) / step)) * step
+    return range(first, min(one.stop, other.stop), step)
+
+
+def places(rows: range, within: range) -> slice:
+    """Where the numbers of a range stand in one that holds them all."""
+    first, step = (rows.start - within.start) // within.step, rows.step // within.step
+    return slice(first, first + (len(rows) - 1) * step + 1, step)
+
+
+def sections_of(
+    tables: Sequence[TablePlace], rank: int, ranks: int, chosen: Numbers | None = None
+) -> list[Section]:
+    """What to write of a rank, layer by layer; layers without rows are left out.
+
+    Args:
+        tables: of the rank's group.
+        rank: in the group.
+        ranks: of the group.
+        chosen: ascending local numbers; None: all rows.
+    """
+    sections = []
+    for table in tables:
+        held = table.held(rank, ranks)
+        first = table.local(held.start, ranks)
+        section = Section(table.layer, held, first)
+        if chosen is not None:
+            begin, end = np.searchsorted(chosen, [first, first + len(held)])
+            section = Section(table.layer, held, first, chosen[begin:end])
+        if len(section):
+            sections.append(section)
+    return sections
+
+
+def write_file(
+    path: Path,
+    arrays: Arrays,
+    sections: Sequence[Section],
+    *,
+    ahead: Callable[[Numbers], None] | None = None,
+    stop: threading.Event | None = None,
+) -> FileEntry:
+    """Write rows of live arrays, durable when this returns; needs a few chunks of memory.
+
+    Args:
+        path: of the file.
+        arrays: of the store.
+        sections: the rows.
+        ahead: is told which local rows are going to be read: they may be on a drive.
+        stop: to be set by another thread.
+
+    Raises:
+        StoppedError: `stop` was set; the file is gone.
+    """
+    tensors = [
+        (f"layers.{section.layer}.{name}", section, name)
+        for section in sections
+        for name in ([] if section.chosen is None else [INDEX]) + list(arrays)
+    ]
+    # Wide types first: with no gaps, which the format forbids, all stay aligned.
+    tensors.sort(key=lambda tensor: -_dtype(arrays, tensor[2]).itemsize)
+    header = _header(arrays, tensors)
+    digest, size = hashlib.sha256(header), len(header)
+    try:
+        with path.open("wb") as stream:
+            stream.write(header)
+            for _, section, name in tensors:
+                for chunk in _chunks(arrays, section, name, ahead):
+                    if stop is not None and stop.is_set():
+                        raise StoppedError
+                    data = chunk.data.cast("B")
+                    digest.update(data)
+                    stream.write(data)
+                    size += len(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except StoppedError:
+        path.unlink()
+        raise
+    held = {s.layer: (s.held.start, s.held.stop, s.held.step) for s in sections}
+    return FileEntry(path.name, size, digest.hexdigest(), sum(map(len, sections)), held)
+
+
+def check_file(folder: Path, entry: FileEntry) -> str | None:
+    """What is wrong with a file, None if it is the one that was written: reads all of it."""
+    path = folder / entry.name
+    if not path.is_file():
+        return f"{path}: missing"
+    if (size := path.stat().st_size) != entry.size:
+        return f"{path}: has {size} bytes, not {entry.size}"
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(_HASH_BYTES):
+            digest.update(block)
+    if digest.hexdigest() != entry.sha256:
+        return f"{path}: damaged: sha256 {digest.hexdigest()}, not {entry.sha256}"
+    return None
+
+
+class RowFile:
+    """A file, mapped into memory: only what is asked for is read.
+
+    Args:
+        folder: where it is.
+        entry: of the file, which `check_file` found as it was written.
+    """
+
+    def __init__(self, folder: Path, entry: FileEntry) -> None:
+        self._path, self._entry = folder / entry.name, entry
+
+    @cached_property
+    def _content(self) -> tuple[dict[str, Any], NDArray[np.uint8]]:
+        """Header and data."""
+        mapped: NDArray[np.uint8] = np.asarray(np.memmap(self._path, dtype=np.uint8, mode="r"))
+        begin = 8 + int.from_bytes(mapped[:8].tobytes(), "little")
+        return json.loads(mapped[8:begin].tobytes()), mapped[begin:]
+
+    def array(self, layer: int, name: str) -> NDArray[Any]:
+        """An array of a layer, or its index."""
+        header, data = self._content
+        info = header[f"layers.{layer}.{name}"]
+        begin, end = info["data_offsets"]
+        return data[begin:end].view(_DTYPES[info["dtype"]]).reshape(info["shape"])
+
+    def index(self, layer: int) -> Numbers | None:
+        """Rows of the layer that are here, ascending; None: all that the rank held."""
+        return self.array(layer, INDEX) if f"layers.{layer}.{INDEX}" in self._content[0] else None
+
+    def copy_rows(
+        self, table: TablePlace, rank: int, ranks: int, arrays: Arrays
+    ) -> Iterator[Numbers]:
+        """Copy the rows that a rank holds, where they are in the file, piece by piece.
+
+        Of a file without an index rows of zeros are left out, so that pages of a table that were
+        never touched stay untouched.
+
+        Args:
+            table: in the rank's group of today.
+            rank: in the group.
+            ranks: of the group.
+            arrays: of the rank's store; with zeros, or, if the file has an index, older values.
+
+        Yields:
+            Local numbers of the rows that were copied.
+        """
+        rows = common_rows(self._entry.rows_of(table.layer), table.held(rank, ranks))
+        if not rows:
+            return
+        to = {name: as_records(array) for name, array in arrays.items()}
+        here = {name: as_records(self.array(table.layer, name)) for name in arrays}
+        size = sum(records.dtype.itemsize for records in here.values())
+        for source, numbers in self._pieces(table.layer, rows, max(1, _CHUNK_BYTES // size)):
+            local = (table.first_row + numbers) // ranks
+            parts = {name: records[source] for name, records in here.items()}
+            if isinstance(source, slice):
+                written = _any_byte(list(parts.values()))
+                local = local[written]
+                parts = {name: part[written] for name, part in parts.items()}
+            for name, part in parts.items():
+                to[name][local] = part
+            yield local
+
+    def _pieces(
+        self, layer: int, rows: range, length: int
+    ) -> Iterator[tuple[slice | Numbers, Numbers]]:
+        """Places in the file and numbers of those rows that it has, a piece at a time."""
+        index = self.index(layer)
+        if index is None:
+            for begin in range(0, len(rows), length):
+                part = rows[begin : begin + length]
+                numbers = np.arange(part.start, part.stop, part.step, dtype=np.int64)
+                yield places(part, self._entry.rows_of(layer)), numbers
+            return
+        for begin in range(0, len(index), length):
+            numbers = index[begin : begin + length]
+            mine = np.flatnonzero((numbers - rows.start) % rows.step == 0)
+            yield begin + mine, numbers[mine]
+
+
+def as_records(array: NDArray[Any]) -> NDArray[Any]:
+    """A view of an array with one element for each row, whatever the row is made of."""
+    width = math.prod(array.shape[1:]) * array.itemsize
+    return array.reshape(len(array), -1).view(np.dtype((np.void, width))).reshape(-1)
+
+
+def _any_byte(arrays: Sequence[NDArray[Any]]) -> Bool[np.ndarray, "rows"]:
+    """Which rows are not zero in every bit of every array."""
+    found = np.zeros(len(arrays[0]), dtype=np.bool_)
+    for records in arrays:
+        data = np.ascontiguousarray(records).view(np.uint8)
+        found |= data.reshape(len(records), -1).any(axis=1)
+    return found
+
+
+def _dtype(arrays: Arrays, name: str) -> np.dtype[Any]:
+    return np.dtype(np.int64) if name == INDEX else arrays[name].dtype
+
+
+def _header(arrays: Arrays, tensors: Sequence[tuple[str, Section, str]]) -> bytes:
+    """The header of a safetensors file."""
+    header, end = {}, 0
+    for key, section, name in tensors:
+        shape = [len(section)] if name == INDEX else [len(section), *arrays[name].shape[1:]]
+        dtype = _dtype(arrays, name)
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[key] = {"dtype": _CODES[dtype], "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _chunks(
+    arrays: Arrays, section: Section, name: str, ahead: Callable[[Numbers], None] | None
+) -> Iterator[NDArray[Any]]:
+    """The bytes of a tensor, in copies: others may write to the arrays, and hash and file agree."""
+    records = as_records(arrays[name]) if name != INDEX else None
+    size = 8 if records is None else records.dtype.itemsize
+    length = max(1, _CHUNK_BYTES // size)
+    for begin in range(0, len(section), length):
+        rows = section.rows(begin, begin + length)
+        if records is None:
+            yield section.held.start + (rows - section.local) * section.held.step
+            continue
+        if ahead is not None:
+            ahead(rows)
+        part = rows if section.chosen is not None else slice(rows[0], rows[0] + len(rows))
+        yield records[part].copy().view(np.uint8)

@@ -1,0 +1,138 @@
+"""What a checkpoint holds of Engram's tables beside the model's parameters: `engram/` in its directory.
+
+`geometry.json` says what the rows mean, for tables of every kind. Tables in host memory are a chain of
+files as well, see `parallel.engram_chain`; `train.checkpoint.state` commits all of it at once.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import cast
+
+import torch.distributed as dist
+
+from parallel.engram_chain import FOLDER
+from parallel.engram_files import TablePlace
+from parallel.engram_saves import Save, TableSaver
+from train.checkpoint.geometry import (
+    RESHAPING,
+    Geometry,
+    differences,
+    geometry_of,
+    merge,
+    read_geometry,
+    write_geometry,
+)
+from train.config import RunConfig
+from train.memory import HostMemory
+from train.memory_rules import tables_in_host_memory
+from train.model.engram import Engram
+
+FRESH = "checkpoint.unfit_tables=fresh"
+"""To be typed by who wants that."""
+
+
+class TableCheckpoint:
+    """Saves and restores what belongs to Engram; all ranks of the world make the same calls.
+
+    Communication: to make one, a gather over the world.
+
+    Args:
+        config: the recipe, which has Engram.
+        engrams: the memories of this rank, by layer.
+        memory: their tables, if there are any here and they are in host memory.
+        rank: in the pipeline stage.
+        ranks: of the pipeline stage.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        engrams: Mapping[int, Engram],
+        memory: HostMemory | None,
+        *,
+        rank: int,
+        ranks: int,
+    ) -> None:
+        self._config = config
+        own = geometry_of(config, engrams)
+        parts: list[Geometry | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, own)
+        self._geometry = merge(cast("list[Geometry]", parts))
+        self._saver: TableSaver | None = None
+        if tables_in_host_memory(config):
+            places = [] if memory is None else memory.geometry.tables
+            self._saver = TableSaver(
+                None if memory is None else memory.service,
+                [TablePlace(table.layer, table.first_row, table.num_rows) for table in places],
+                rank=rank,
+                ranks=ranks,
+            )
+        self.fresh_because: list[str] = []
+        """Why the tables of the checkpoint were left where they are; empty if they were read."""
+
+    def check(self, checkpoint: Path, run_dir: Path) -> None:
+        """Compare what rows mean, before anything is read; on all ranks alike.
+
+        Raises:
+            ValueError: something else than today, and the recipe does not say to start fresh tables
+                then, or these would not fit the parameters; names each difference.
+        """
+        saved = read_geometry(checkpoint / FOLDER)
+        if saved is None:
+            found = {"": f"{checkpoint}: holds no Engram tables"}
+        else:
+            found = differences(saved, self._config, self._geometry)
+        if not found:
+            return
+        lines = list(found.values())
+        if not found.keys().isdisjoint(RESHAPING):
+            advice = "or start a new run: other parameters of the model have other shapes, too"
+        elif self._saver is None:
+            advice = "or start a new run: tables on the device cannot start fresh in this one"
+        elif self._config.checkpoint.unfit_tables == "fresh":
+            self.fresh_because = lines
+            return
+        else:
+            typed = [text for line in lines if "=" in (text := line.partition(": ")[0])]
+            command = " ".join(["mneme resume", str(run_dir), *typed, FRESH])
+            advice = f"or keep everything else and start the tables at zero:\n  {command}"
+        raise ValueError("\n".join([*lines, advice]))
+
+    def restore(self, checkpoint: Path) -> None:
+        """Read this rank's rows of a checkpoint that was checked; nothing, for fresh tables.
+
+        Raises:
+            ValueError: a file is missing or damaged; on all ranks alike.
+        """
+        if self._saver is not None and not self.fresh_because:
+            self._saver.restore(checkpoint)
+
+    def start(self, directory: Path, step: int) -> Save | None:
+        """Begin to write what belongs to the checkpoint of a step.
+
+        Raises:
+            RuntimeError: the tables of some rank have failed; on all ranks alike.
+        """
+        if dist.get_rank() == 0:
+            (directory / FOLDER).mkdir(exist_ok=True)
+            write_geometry(directory / FOLDER, self._geometry)
+        return None if self._saver is None else self._saver.start(directory, step)
+
+    def finish(self, save: Save | None) -> None:
+        """Return when everything is written, so that the checkpoint may be committed.
+
+        Raises:
+            RuntimeError: some rank could not write; on all ranks alike.
+        """
+        if self._saver is not None and save is not None:
+            self._saver.finish(save)
+
+    def committed(self, checkpoint: Path, step: int) -> None:
+        """Take note of a commit."""
+        if self._saver is not None:
+            self._saver.committed(checkpoint, step)
+
+    def close(self) -> None:
+        """End what goes on in the background; before the tables are closed."""
+        if self._saver is not None:
+            self._saver.close()
