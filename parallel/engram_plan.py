@@ -6,12 +6,13 @@ row `r // ranks`: any part of a table is spread evenly.
 """
 
 from dataclasses import dataclass
-from typing import Any, no_type_check
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int8, Int32, Int64
-from numba import njit
 from numpy.typing import NDArray
+
+from parallel.compiled import compiled
 
 
 @dataclass(frozen=True)
@@ -178,9 +179,7 @@ def _existing(
     return existing
 
 
-# The test suite wraps functions to check their shapes, which a compiler cannot read: no_type_check.
-@njit(nogil=True, cache=True)
-@no_type_check
+@compiled
 def _distinct(ids: NDArray[Any], unique: NDArray[Any], inverse: NDArray[Any]) -> int:
     """Number of distinct ids; by a hash table of which at most half is in use."""
     bits = 1
@@ -201,8 +200,7 @@ def _distinct(ids: NDArray[Any], unique: NDArray[Any], inverse: NDArray[Any]) ->
     return number
 
 
-@njit(nogil=True, cache=True)
-@no_type_check
+@compiled
 def _group(
     groups: NDArray[Any], visit: NDArray[Any], order: NDArray[Any], starts: NDArray[Any]
 ) -> None:

@@ -15,13 +15,13 @@ goes on by the same rule.
 """
 
 from dataclasses import dataclass
-from typing import Any, no_type_check
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int8, Int32, Int64
-from numba import njit
 from numpy.typing import NDArray
 
+from parallel.compiled import compiled
 from parallel.engram_plan import group_by
 
 
@@ -105,9 +105,7 @@ def sum_of_squares(values: Float[np.ndarray, "rows width"]) -> float:
     return float(_sum_of_squares(values))
 
 
-# The test suite wraps functions to check their shapes, which a compiler cannot read: no_type_check.
-@njit(nogil=True, cache=True)
-@no_type_check
+@compiled
 def _tree_sum(
     values: NDArray[Any],
     terms: NDArray[Any],
@@ -136,23 +134,20 @@ def _tree_sum(
         _copy(stack, 0, out, result)
 
 
-@njit(nogil=True, cache=True)
-@no_type_check
+@compiled
 def _copy(source: NDArray[Any], row: int, target: NDArray[Any], to: int) -> None:
     for d in range(source.shape[1]):
         target[to, d] = source[row, d]
 
 
-@njit(nogil=True, cache=True)
-@no_type_check
+@compiled
 def _join(stack: NDArray[Any], top: int) -> int:
     for d in range(stack.shape[1]):
         stack[top - 1, d] += stack[top, d]
     return top - 1
 
 
-@njit(nogil=True, cache=True)
-@no_type_check
+@compiled
 def _sum_of_squares(values: NDArray[Any]) -> float:
     total = 0.0
     for row in range(values.shape[0]):
