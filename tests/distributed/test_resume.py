@@ -10,10 +10,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from parallel.engram_reader import open_tables
 
 STEPS = 9
 TRAIN = [
@@ -155,3 +158,29 @@ def test_torchs_own_launcher_runs_the_same_ranks(uninterrupted: Path, tmp_path: 
         [*torchrun, "-m", "train.run", str(run_dir)], check=True, timeout=60, env=environment
     )
     assert_same_run(run_dir, uninterrupted, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_tables_in_host_memory_survive_kill_9_bitwise_too(recipe: Path, tmp_path: Path) -> None:
+    """Saved in every step, with a new base after every few, and killed again and again."""
+    host = [*TRAIN, "parallel.engram.storage=memory", "checkpoint.every_steps=1", "train.steps=24"]
+    reference, run_dir = tmp_path / "whole", tmp_path / "killed"
+    finish(mneme("train", str(recipe), *host, "--run-dir", str(reference)), 0)
+    process = mneme("train", str(recipe), *host, "--run-dir", str(run_dir))
+    for step in (2, 9, 17):
+        wait_for_step(run_dir, step, process)
+        for rank in ranks_of(run_dir):
+            rank.kill()
+        process.communicate(timeout=60)
+        process = mneme("resume", str(run_dir))
+    finish(process, 0)
+    assert determined(run_dir) == determined(reference)
+    name = "checkpoints/step-00000024"
+    assert [path for path in (run_dir / name / "engram").iterdir() if path.name.startswith("base")]
+    ours, theirs = open_tables(run_dir / name), open_tables(reference / name)
+    assert ours.layers == theirs.layers
+    for layer, num_rows in ours.layers.items():
+        rows = ours.rows(layer, np.arange(num_rows))
+        assert rows.any()
+        assert np.array_equal(rows, theirs.rows(layer, np.arange(num_rows)))

@@ -114,9 +114,30 @@ def test_resume_refuses_what_it_cannot_do(
         "model.hidden_size=4",
         "train.steps=0",
     ]
+    other_rows = "model.engram.rows_per_head=99"
+    with pytest.raises(
+        RecipeError, match=f"{other_rows}: rows .* add checkpoint.unfit_tables=fresh"
+    ):
+        start.resume(Path("runs/c"), [other_rows])
     with held(Path("runs/c")), pytest.raises(RunDirError, match="another mneme process"):
         start.resume(Path("runs/c"), [])
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     with pytest.raises(RecipeError, match=f"the run was started in {tmp_path}: go there"):
         start.resume(tmp_path / "runs/c", [])
+
+
+def test_tables_of_engram_may_change_where_fresh_ones_are_wanted(
+    toy: Environment, capsys: pytest.CaptureFixture[str]
+) -> None:
+    toy(bad_exit=[0])
+    train(run_dir=Path("runs/d"))
+    toy(steps=20)
+    fresh = "checkpoint.unfit_tables=fresh"
+    assert start.resume(Path("runs/d"), ["model.engram.rows_per_head=99", fresh]) == 0
+    assert "  checkpoint.unfit_tables: refuse -> fresh\n" in capsys.readouterr().out
+    model = load_resolved(Path("runs/d/recipe.yaml")).model
+    assert model.engram is not None
+    assert model.engram.rows_per_head == 99
+    with pytest.raises(RecipeError, match="model.engram.head_dim=4: cannot change"):
+        start.resume(Path("runs/d"), ["model.engram.head_dim=4"])
