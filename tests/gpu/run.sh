@@ -14,7 +14,8 @@ bounded() { # seconds, log, command...
     local seconds=$1 log=$logs/$2
     shift 2
     local started=$SECONDS
-    timeout -k 5 "$seconds" "$@" >"$log" 2>&1
+    # Interrupted, pytest still tells what it found.
+    timeout -s INT -k 30 "$seconds" "$@" >"$log" 2>&1
     local code=$?
     [ $code = 0 ] || failed=1
     echo "== ${log##*/}: exit code $code, $((SECONDS - started)) s"
@@ -26,11 +27,11 @@ $python -c "import sys, torch; print('Python', sys.version.split()[0], 'torch', 
 for part in $parts; do
     if [ "$part" = tests ]; then
         # By importance: a limit cuts the last ones off. Warnings are those of another torch, too.
-        bounded 240 tests.log $python -m pytest -m gpu -W default --tb=short --timeout 120 -q -rfE \
+        bounded 240 tests.log $python -m pytest -m gpu -W default --tb=short --timeout 120 -v -rfE \
             -p no:cacheprovider --durations=8 \
             tests/gpu/test_backend.py tests/gpu/test_training.py tests/gpu/test_command.py \
             tests/gpu/test_kernels.py tests/gpu/test_compiled.py
-        grep -E '^(E  |FAILED|ERROR|tests/.*Error)|fp64: |fp32: |bf16: |compiled: |mneme train|s (call|setup) |passed|failed' \
+        grep -E '^(E  |FAILED|ERROR|tests/.*(Error|FAILED|ERROR))|fp64: |fp32: |bf16: |compiled: |mneme train|s (call|setup) |passed|failed' \
             "$logs/tests.log" | cut -c1-300 | tail -110
     else
         limit=90

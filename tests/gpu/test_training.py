@@ -56,9 +56,10 @@ def on_both(
     device.start(trace, of_family(family, corpus, dtype))
     try:
         wanted = on_host(host, family, corpus, dtype)
-    finally:
-        found = device.result()
-    return found, wanted
+    except BaseException:
+        device.close()  # nobody waits for its answer
+        raise
+    return device.result(), wanted
 
 
 @pytest.mark.parametrize("family", FAMILIES)
