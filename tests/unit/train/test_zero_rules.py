@@ -19,6 +19,7 @@ def changed(**values: Any) -> RunConfig:
     """v4_nano under DeepSpeed on its four ranks, with values at dotted paths, `__` for the dot."""
     plain = to_plain(nano())
     plain["parallel"] |= {"data_engine": "deepspeed", "expert_parallel_size": 1}
+    plain["parallel"]["engram"]["storage"] = "device"
     for path, value in values.items():
         *above, last = path.split("__")
         node = plain
