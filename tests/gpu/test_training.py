@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -94,6 +94,12 @@ def test_a_step_in_fp32_is_as_exact_as_the_hosts(
     assert loss == pytest.approx(wanted, rel=1e-6)
 
 
+def determined(record: dict[str, Any]) -> dict[str, Any]:
+    """Without what a clock says of the tables in host memory."""
+    clocked = ("engram/fetch_seconds", "engram/prefetch_hidden_fraction")
+    return {name: value for name, value in record.items() if name not in clocked}
+
+
 @pytest.mark.parametrize("family", ["v4_nano", "v41_flash_nano", "v4_nano_mm"])
 def test_bf16_is_finite_close_and_the_same_every_time(
     device: Worker, host: Worker, tiny_corpus: Path, family: str, figure: Callable[[str], None]
@@ -101,7 +107,7 @@ def test_bf16_is_finite_close_and_the_same_every_time(
     config = of_family(family, tiny_corpus, "bf16")
     assert config.train.deterministic
     one, other = (device.call(trace, config) for _ in range(2))
-    assert one.records == other.records
+    assert [determined(row) for row in one.records] == [determined(row) for row in other.records]
     for name, value in one.parameters.items():
         assert np.isfinite(value).all(), name
         assert np.array_equal(value, other.parameters[name]), name
