@@ -21,6 +21,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_common import (
 )
 from torch.distributed.tensor import DTensor, Shard
 
+from parallel.backend.gather import all_gather, reduce_scatter
 from parallel.traffic import count_sent
 from parallel.volume import Axis, gather_bytes, sum_bytes
 
@@ -124,7 +125,7 @@ class _CountedAllGather(DefaultAllGather):
         async_op: bool = False,
     ) -> dist.Work | None:
         count_sent(self.axis, gather_bytes(output_tensor.nbytes, group.size()))
-        return super().__call__(output_tensor, input_tensor, group, async_op)
+        return all_gather(output_tensor, input_tensor, group, async_op=async_op)
 
 
 class _CountedReduceScatter(DefaultReduceScatter):
@@ -138,6 +139,8 @@ class _CountedReduceScatter(DefaultReduceScatter):
         group: dist.ProcessGroup,
         op: dist.ReduceOp | dist.ReduceOp.RedOpType,
         async_op: bool = False,
-    ) -> Any:  # noqa: ANN401 - torch promises Work and returns None
+    ) -> Any:  # noqa: ANN401 - torch promises Work and takes None
+        assert op == dist.ReduceOp.SUM, "see apply_parallelism: every reduction is a plain sum"
+        assert not async_op, "FSDP2 reduces on a stream of its own"
         count_sent(self.axis, gather_bytes(input_tensor.nbytes, group.size()))
-        return super().__call__(output_tensor, input_tensor, group, op, async_op)
+        reduce_scatter(output_tensor, input_tensor, group)
