@@ -7,9 +7,10 @@ time. Layouts and ideal take turns, and every ratio is between neighbours in tim
 rounds. The share in communication is the time that a rank's thread spends inside collectives and
 waits, those for the slower rank included.
 
-The bubble of a pipeline is the part of the ranks' time between the first and the last pass in which
-no pass is computed. Beside it stands what the order of the schedule makes of the measured times of
-the passes, if no transfer takes time; with equal stages that is (ranks - 1) / (ranks - 1 + m) for 1F1B.
+The bubble of a pipeline is the part of the ranks' time in which they run no pass and sum no gradients,
+between the first and the last of these. Beside it stands what the order of the schedule makes of the
+time that each of them took: if no transfer takes any, and if each takes as long as one that has the
+machine for itself. With equal passes it is (ranks - 1) / (ranks - 1 + m) for 1F1B.
 """
 
 import json
@@ -21,7 +22,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -123,10 +124,10 @@ def measure(size: Size, rounds: int) -> list[Row]:
             ratio=statistics.median(one) / statistics.median(ideal),
         ),
     ]
-    for turns, (layout, _) in zip(found, running, strict=True):
+    for turns, (layout, ranks) in zip(found, running, strict=True):
         rows += layout_rows(layout, turns, tokens)
         if "pipeline_parallel_size" in layout.parallel:
-            rows += bubble_rows(layout.name, turns)
+            rows += bubble_rows(layout.name, turns, ranks.transfer)
     return rows
 
 
@@ -169,57 +170,67 @@ def layout_rows(layout: Layout, turns: Sequence[Turn], tokens: int) -> list[Row]
     ]
 
 
-def bubble_rows(name: str, turns: Sequence[Turn]) -> list[Row]:
-    """The measured bubble beside that of the schedule."""
-    pairs = [(measured_bubble(turn.ranks), predicted_bubble(turn.ranks)) for turn in turns]
-    ratio = statistics.median(measured / predicted for measured, predicted in pairs)
+def bubble_rows(name: str, turns: Sequence[Turn], transfer: float) -> list[Row]:
+    """The measured bubble beside that of the schedule, without transfers and with them.
+
+    Args:
+        name: of the layout.
+        turns: its steps.
+        transfer: seconds of one.
+    """
+    measured = [measured_bubble(turn.ranks) for turn in turns]
+    unit = "of a rank's time"
+
+    def beside(what: str, transfer: float) -> Row:
+        predicted = [predicted_bubble(turn.ranks, transfer) for turn in turns]
+        return Row(
+            case=f"{name}: bubble | that of its order{what}",
+            value=statistics.median(measured),
+            unit=unit,
+            peer=statistics.median(predicted),
+            ratio=statistics.median(m / p for m, p in zip(measured, predicted, strict=True)),
+        )
+
+    alone = beside("; target of the ratio's distance from 1", 0.0)
+    assert alone.ratio is not None
+    met = abs(alone.ratio - 1.0) <= FORMULA_TOLERANCE
+    equal = statistics.median(predicted_bubble(turn.ranks, equal=True) for turn in turns)
     return [
-        Row(
-            case=f"{name}: bubble | that of its order; target of the ratio's distance from 1",
-            value=statistics.median(measured for measured, _ in pairs),
-            unit="of a rank's time",
-            peer=statistics.median(predicted for _, predicted in pairs),
-            ratio=ratio,
-            target=FORMULA_TOLERANCE,
-            met=abs(ratio - 1.0) <= FORMULA_TOLERANCE,
-        ),
-        Row(
-            case=f"{name}: bubble of its order with equal stages",
-            value=statistics.median(predicted_bubble(turn.ranks, equal=True) for turn in turns),
-            unit="of a rank's time",
-        ),
+        replace(alone, target=FORMULA_TOLERANCE, met=met),
+        beside(f" with transfers of {1e3 * transfer:.1f} ms", transfer),
+        Row(case=f"{name}: bubble of its order with equal passes", value=equal, unit=unit),
     ]
 
 
 def measured_bubble(ranks: Sequence[Measured]) -> float:
-    """From the first pass to the end of the last one, on all ranks."""
-    passes = [one for rank in ranks for one in rank.passes]
-    begin = min(start for *_, start, _ in passes)
-    end = max(start + busy for *_, start, busy in passes)
-    return 1.0 - sum(busy for *_, busy in passes) / (len(ranks) * (end - begin))
+    """From the begin of the first action to the end of the last one, on all ranks."""
+    actions = [one for rank in ranks for one in rank.passes]
+    begin = min(start for *_, start, _ in actions)
+    end = max(start + busy for *_, start, busy in actions)
+    return 1.0 - sum(busy for *_, busy in actions) / (len(ranks) * (end - begin))
 
 
-def predicted_bubble(ranks: Sequence[Measured], *, equal: bool = False) -> float:
-    """That of the order in which the passes ran, with the median time of each kind and stage.
+def predicted_bubble(
+    ranks: Sequence[Measured], transfer: float = 0.0, *, equal: bool = False
+) -> float:
+    """That of the order in which the actions ran, each with its own time.
 
     Args:
         ranks: of one step.
-        equal: every pass of a kind takes the mean time of all stages instead.
+        transfer: seconds between ranks.
+        equal: sums take no time, and every pass the mean one of its kind instead.
     """
-    passes = [one for rank in ranks for one in rank.passes]
-    times: dict[tuple[str, int], list[float]] = {}
-    for kind, stage, _, _, busy in passes:
-        times.setdefault((kind, stage), []).append(busy)
-    seconds = {key: statistics.median(values) for key, values in times.items()}
+    seconds = {Action(*one[:3]): one[4] for rank in ranks for one in rank.passes}
+    kinds = {action.kind for action in seconds}
     if equal:
-        seconds = {
-            key: statistics.mean(seconds[k, s] for k, s in seconds if k == key[0])
-            for key in seconds
+        mean = {
+            kind: statistics.mean(time for action, time in seconds.items() if action.kind == kind)
+            for kind in kinds
         }
-    orders = [
-        [Action(kind, stage, number) for kind, stage, number, _, _ in rank.passes] for rank in ranks
-    ]
-    return bubble(orders, seconds, stages=1 + max(stage for _, stage in seconds))
+        seconds = {action: mean[action.kind] * (action.kind != "sum") for action in seconds}
+    orders = [[Action(*one[:3]) for one in rank.passes] for rank in ranks]
+    stages = 1 + max(action.stage for action in seconds)
+    return bubble(orders, seconds, stages, transfer)
 
 
 class Ranks:
@@ -249,6 +260,8 @@ class Ranks:
         ]
         answers = [self._answer(process) for process in self.processes]
         self.refused: str | None = answers[0]["refused"]
+        self.transfer: float = answers[0].get("transfer", 0.0)
+        """Seconds between two ranks of a pipeline."""
 
     def begin_step(self) -> None:
         """Let all ranks start."""
