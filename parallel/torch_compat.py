@@ -4,7 +4,7 @@ A new torch version is checked by running the tests of this folder and adding it
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_common import (
     HSDPMeshInfo,
     ShardPlacementResult,
 )
+from torch.distributed.pipelining import ScheduleDualPipeV
 from torch.distributed.tensor import DTensor, Shard
 
 from parallel.backend.gather import all_gather, reduce_scatter
@@ -54,6 +55,25 @@ def find_cpp_compiler() -> str | None:
         return get_cpp_compiler()
     except InvalidCxxCompiler:
         return None
+
+
+class PromptDualPipeV(ScheduleDualPipeV):
+    """DualPipeV in which every pass hands on its result when it ends.
+
+    torch pairs a forward with a backward pass, for those who run the two interleaved, and sends what
+    both made after the second. Here they run one after the other, and the first need not wait.
+    """
+
+    def _prepare_schedule_with_comms(
+        self,
+        actions: dict[int, Any],
+        format: Literal["compute_only", "compute_comms"] = "compute_only",
+    ) -> None:
+        passes = {
+            rank: [one for action in order for one in (action and action.sub_actions) or [action]]
+            for rank, order in actions.items()
+        }
+        super()._prepare_schedule_with_comms(passes, format)
 
 
 def accumulate_in_reduce_dtype(root: nn.Module) -> None:

@@ -9,8 +9,9 @@ waits, those for the slower rank included.
 
 The bubble of a pipeline is the part of the ranks' time in which they run no pass and sum no gradients,
 between the first and the last of these. Beside it stands what the order of the schedule makes of the
-time that each of them took: if no transfer takes any, and if each takes as long as one that has the
-machine for itself. With equal passes it is (ranks - 1) / (ranks - 1 + m) for 1F1B.
+time that each of them took, if communication takes none. In a second pair the calls that let tensors
+leave are no part of the bubble, and the order has them and transfers that take as long as one that has
+the machine for itself. With equal passes it is (ranks - 1) / (ranks - 1 + m) for 1F1B.
 """
 
 import json
@@ -171,66 +172,94 @@ def layout_rows(layout: Layout, turns: Sequence[Turn], tokens: int) -> list[Row]
 
 
 def bubble_rows(name: str, turns: Sequence[Turn], transfer: float) -> list[Row]:
-    """The measured bubble beside that of the schedule, without transfers and with them.
+    """The measured bubble beside that of the schedule, with communication and without.
 
     Args:
         name: of the layout.
         turns: its steps.
         transfer: seconds of one.
     """
-    measured = [measured_bubble(turn.ranks) for turn in turns]
     unit = "of a rank's time"
 
-    def beside(what: str, transfer: float) -> Row:
-        predicted = [predicted_bubble(turn.ranks, transfer) for turn in turns]
+    def beside(case: str, *, with_handovers: bool) -> Row:
+        pairs = []
+        for turn in turns:
+            done = actions(turn.ranks, with_handovers=with_handovers)
+            order = predicted_bubble(done, transfer if with_handovers else 0.0)
+            pairs.append((measured_bubble(done), order))
         return Row(
-            case=f"{name}: bubble | that of its order{what}",
-            value=statistics.median(measured),
+            case=f"{name}: bubble {case}",
+            value=statistics.median(measured for measured, _ in pairs),
             unit=unit,
-            peer=statistics.median(predicted),
-            ratio=statistics.median(m / p for m, p in zip(measured, predicted, strict=True)),
+            peer=statistics.median(predicted for _, predicted in pairs),
+            ratio=statistics.median(measured / predicted for measured, predicted in pairs),
         )
 
-    alone = beside("; target of the ratio's distance from 1", 0.0)
-    assert alone.ratio is not None
-    met = abs(alone.ratio - 1.0) <= FORMULA_TOLERANCE
-    equal = statistics.median(predicted_bubble(turn.ranks, equal=True) for turn in turns)
+    whole = beside(
+        "| that of its order; target of the ratio's distance from 1", with_handovers=False
+    )
+    assert whole.ratio is not None
+    equal = [predicted_bubble(equal_passes(actions(turn.ranks))) for turn in turns]
     return [
-        replace(alone, target=FORMULA_TOLERANCE, met=met),
-        beside(f" with transfers of {1e3 * transfer:.1f} ms", transfer),
-        Row(case=f"{name}: bubble of its order with equal passes", value=equal, unit=unit),
+        replace(whole, target=FORMULA_TOLERANCE, met=abs(whole.ratio - 1.0) <= FORMULA_TOLERANCE),
+        beside(
+            f"without handovers | that of its order, transfers of {1e3 * transfer:.1f} ms",
+            with_handovers=True,
+        ),
+        Row(
+            case=f"{name}: bubble of its order with equal passes",
+            value=statistics.median(equal),
+            unit=unit,
+        ),
     ]
 
 
-def measured_bubble(ranks: Sequence[Measured]) -> float:
-    """From the begin of the first action to the end of the last one, on all ranks."""
-    actions = [one for rank in ranks for one in rank.passes]
-    begin = min(start for *_, start, _ in actions)
-    end = max(start + busy for *_, start, busy in actions)
-    return 1.0 - sum(busy for *_, busy in actions) / (len(ranks) * (end - begin))
+Done = list[list[tuple[Action, float, float]]]
+"""Actions of each rank in order, with begin and busy seconds."""
 
 
-def predicted_bubble(
-    ranks: Sequence[Measured], transfer: float = 0.0, *, equal: bool = False
-) -> float:
-    """That of the order in which the actions ran, each with its own time.
+def actions(ranks: Sequence[Measured], *, with_handovers: bool = False) -> Done:
+    """What the ranks of a pipeline did from the first pass of the step on."""
+    begin = min(start for rank in ranks for kind, *_, start, _ in rank.passes if kind != "handover")
+    return [
+        [
+            (Action(kind, stage if kind != "handover" else -1 - number, place), start, busy)
+            for kind, stage, place, start, busy in rank.passes
+            if start >= begin and (with_handovers or kind != "handover")
+        ]
+        for number, rank in enumerate(ranks)
+    ]
+
+
+def equal_passes(done: Done) -> Done:
+    """The same, but every pass takes the mean time of its kind, and sums none."""
+    times: dict[str, list[float]] = {"sum": []}
+    for action, _, busy in (one for order in done for one in order):
+        times.setdefault(action.kind, []).append(busy * (action.kind != "sum"))
+    return [
+        [(action, start, statistics.mean(times[action.kind])) for action, start, _ in order]
+        for order in done
+    ]
+
+
+def measured_bubble(done: Done) -> float:
+    """Part of the ranks' time, up to the end of the last action, in which they do none."""
+    every = [one for order in done for one in order]
+    begin = min(start for _, start, _ in every)
+    end = max(start + busy for _, start, busy in every)
+    return 1.0 - sum(busy for *_, busy in every) / (len(done) * (end - begin))
+
+
+def predicted_bubble(done: Done, transfer: float = 0.0) -> float:
+    """That of the order of the actions, each with its own time.
 
     Args:
-        ranks: of one step.
+        done: by the ranks.
         transfer: seconds between ranks.
-        equal: sums take no time, and every pass the mean one of its kind instead.
     """
-    seconds = {Action(*one[:3]): one[4] for rank in ranks for one in rank.passes}
-    kinds = {action.kind for action in seconds}
-    if equal:
-        mean = {
-            kind: statistics.mean(time for action, time in seconds.items() if action.kind == kind)
-            for kind in kinds
-        }
-        seconds = {action: mean[action.kind] * (action.kind != "sum") for action in seconds}
-    orders = [[Action(*one[:3]) for one in rank.passes] for rank in ranks]
-    stages = 1 + max(action.stage for action in seconds)
-    return bubble(orders, seconds, stages, transfer)
+    seconds = {action: busy for order in done for action, _, busy in order}
+    orders = [[action for action, *_ in order] for order in done]
+    return bubble(orders, seconds, 1 + max(action.stage for action in seconds), transfer)
 
 
 class Ranks:

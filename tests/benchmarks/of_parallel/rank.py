@@ -127,6 +127,7 @@ class Clock:
             setattr(dist, name, self.timed(getattr(dist, name)))
         dist.all_to_all_single = self.timed_until_done(dist.all_to_all_single)
         schedules._wait_batch_p2p = self.timed(schedules._wait_batch_p2p)
+        schedules._batch_p2p = self.noted_handover(schedules._batch_p2p)
         for name, kind in (
             ("forward_one_chunk", "forward"),
             ("backward_one_chunk", "backward"),
@@ -175,12 +176,24 @@ class Clock:
 
         return run
 
+    def noted_handover(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """The same call, which lets tensors leave or be received."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            started = time.perf_counter()
+            works = call(*args, **kwargs)
+            busy = time.perf_counter() - started
+            self.passes.append(("handover", -1, len(self.passes), started, busy))
+            return works
+
+        return run
+
 
 def transfer_seconds(training: Training, batch: Batch) -> float:
     """To hand the streams of a microbatch to the next rank, while no rank does anything else."""
     assert training.pipeline is not None
     group = training.pipeline.group
-    tensors = [torch.zeros_like(t) for t in _crossing(training, split(batch, 1)[0])]
+    tensors = [torch.zeros_like(t, device="cpu") for t in _crossing(training, split(batch, 1)[0])]
     seconds = list[float]()
     for _ in range(20):
         started = time.perf_counter()
@@ -189,7 +202,7 @@ def transfer_seconds(training: Training, batch: Batch) -> float:
                 if group.rank() == sender:
                     dist.send(tensor, group=group, group_dst=1 - sender)
                 else:
-                    dist.recv(tensor, group=group, group_src=1 - sender)
+                    dist.recv(tensor, group=group, group_src=sender)
         seconds.append((time.perf_counter() - started) / 2)
     return statistics.median(seconds)
 

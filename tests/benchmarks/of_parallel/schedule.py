@@ -5,14 +5,15 @@ from typing import NamedTuple
 
 
 class Action(NamedTuple):
-    """One pass of a microbatch through a stage, or what a rank does for a whole stage."""
+    """One pass of a microbatch through a stage, or what a rank does in between."""
 
     kind: str
-    """forward; backward, or inputs and weights where it is split; or sum, of a stage's gradients over
-    microbatches and ranks, which waits for no pass of another rank."""
+    """forward; backward, or inputs and weights where it is split. Two kinds wait for no other rank: sum,
+    of a stage's gradients over microbatches and ranks, and handover, which lets tensors leave."""
     stage: int
+    """Negative of a handover, and different for every rank."""
     microbatch: int
-    """0 of a sum."""
+    """Any number of its own for what is no pass."""
 
 
 def bubble(
@@ -56,7 +57,7 @@ def bubble(
 def needs(action: Action, stages: int) -> list[Action]:
     """What must be done before an action, beside all before it on its rank."""
     kind, stage, number = action
-    if kind == "sum":
+    if kind in ("sum", "handover"):
         return []
     if kind == "forward":
         return [Action(kind, stage - 1, number)] if stage else []
