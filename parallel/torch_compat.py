@@ -4,10 +4,13 @@ A new torch version is checked by running the tests of this folder and adding it
 """
 
 from collections.abc import Callable
+from copy import copy
 from typing import Any, Literal
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import (
@@ -108,6 +111,32 @@ def place_tensor_parallel(
         info = HSDPMeshInfo(mesh, shard_mesh_dim=1, replicate_mesh_dim=0)
     elsewhere = ShardPlacementResult(Shard(0), info)
     return lambda parameter: elsewhere if isinstance(parameter, DTensor) else Shard(0)
+
+
+def local_tensor(parameter: DTensor) -> Tensor:
+    """`parameter.to_local()`, whose gradient is a DTensor of the same placements.
+
+    torch's own derives the sizes of the gradient anew and takes it through autograd a second time,
+    which costs 0.2 ms for each parameter and microbatch.
+
+    Args:
+        parameter: no placement is partial.
+    """
+    local: Tensor = _Local.apply(parameter)  # type: ignore[no-untyped-call]
+    return local
+
+
+class _Local(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, parameter: DTensor) -> Tensor:  # noqa: ANN401
+        ctx.spec = parameter._spec
+        return parameter._local_tensor.view_as(parameter._local_tensor)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:  # noqa: ANN401
+        # A copy, for torch may change it.
+        return DTensor(grad.contiguous(), copy(ctx.spec), requires_grad=False)  # type: ignore[no-untyped-call]
 
 
 def stays_gathered(module: FSDPModule) -> bool:
