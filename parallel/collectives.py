@@ -15,6 +15,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from parallel.backend.gather import all_gather, reduce_scatter
 from parallel.traffic import count_sent
 from parallel.volume import Axis, gather_bytes, sum_bytes
 
@@ -224,7 +225,7 @@ class _ReduceScatter(torch.autograd.Function):
 def _all_gather(x: Tensor, group: dist.ProcessGroup, axis: Axis) -> Tensor:
     def gather(result: Tensor, rows: Tensor) -> None:
         count_sent(axis, gather_bytes(result.nbytes, group.size()))
-        dist.all_gather_single(result, rows, group=group)
+        all_gather(result, rows, group)
 
     return _along_dim1(gather, x, x.shape[1] * group.size())
 
@@ -232,7 +233,7 @@ def _all_gather(x: Tensor, group: dist.ProcessGroup, axis: Axis) -> Tensor:
 def _reduce_scatter(x: Tensor, group: dist.ProcessGroup, axis: Axis) -> Tensor:
     def scatter(result: Tensor, rows: Tensor) -> None:
         count_sent(axis, gather_bytes(rows.nbytes, group.size()))
-        dist.reduce_scatter_single(result, rows, group=group)
+        reduce_scatter(result, rows, group)
 
     return _along_dim1(scatter, x, x.shape[1] // group.size())
 
@@ -262,7 +263,7 @@ def gather_ranks(
     """
     gathered = value.new_empty((group.size(), *value.shape))
     count_sent(axis, gather_bytes(gathered.nbytes, group.size()))
-    dist.all_gather_single(gathered.flatten(), value.detach().flatten(), group=group)
+    all_gather(gathered.flatten(), value.detach().flatten(), group)
     return gathered
 
 

@@ -1,6 +1,6 @@
 """Bring tokens to the ranks that hold their experts, and the results back.
 
-`parallel.apply` gives one of these to every mixture-of-experts layer in place of its local dispatch.
+A mixture-of-experts layer has a local dispatcher; `parallel.apply` replaces it.
 """
 
 from collections.abc import Callable
@@ -22,11 +22,37 @@ DispatcherKind = Callable[[dist.ProcessGroup, int, Permute], Dispatcher]
 """(ranks that hold different experts, experts over all of them, kernel) -> dispatcher."""
 
 
+class LocalDispatcher:
+    """Bring tokens to experts that are all on this rank, and the results back.
+
+    Args:
+        num_experts: experts of the layer.
+        permute: the kernel that sorts the tokens by expert.
+    """
+
+    def __init__(self, num_experts: int, permute: Permute = permute) -> None:
+        self.num_experts = num_experts
+        self.permute = permute
+
+    def __call__(
+        self,
+        tokens: Float[Tensor, "tokens hidden"],
+        expert_indices: Int[Tensor, "tokens k"],
+        expert_weights: Float[Tensor, "tokens k"],
+        experts: nn.Module,
+    ) -> Callable[[], Tensor]:
+        """What returns the weighted sum of each token's experts, in the type of `tokens`."""
+        order = order_by_expert(expert_indices, self.num_experts, multiple=row_multiple(tokens))
+        rows, combine = self.permute(tokens, order)
+        return lambda: combine(experts(rows, order.counts), expert_weights)
+
+
 class AllToAllDispatcher:
     """The reference dispatcher: two uneven all-to-alls of rows and one of counts.
 
     Rank r of the group holds experts r * n/ranks to (r + 1) * n/ranks - 1. An expert sees its rows
     in the order of source rank and token, so results do not depend on how the tokens are spread.
+    On one rank nothing is exchanged, nor sorted a second time: it is the local dispatcher.
 
     Args:
         group: the expert-parallel ranks.
@@ -48,6 +74,7 @@ class AllToAllDispatcher:
         self.group = group
         self.num_experts = num_experts
         self.permute = permute
+        self._local = LocalDispatcher(num_experts, permute)
 
     def __call__(
         self,
@@ -81,6 +108,8 @@ class AllToAllDispatcher:
             To be called once. Gives `[tokens, hidden]`, summed over k in order, in fp32 or wider,
             and returned in the type of `tokens`.
         """
+        if self.group.size() == 1:
+            return self._local(tokens, expert_indices, expert_weights, experts)
         here = order_by_expert(expert_indices, self.num_experts)
         arriving = torch.empty_like(here.counts)
         count_sent("ep", gather_bytes(here.counts.nbytes, self.group.size()))

@@ -8,6 +8,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from parallel.torch_compat import local_tensor
+
 
 def cut_parameters(module: nn.Module, mesh: DeviceMesh, dim: int) -> None:
     """Keep this rank's piece of the parameters that `module` holds itself, and compute on it.
@@ -35,7 +37,7 @@ def _compute_on_local_tensors(module: nn.Module) -> None:
     def show(module: nn.Module, args: object) -> None:
         for name, parameter in module.named_parameters(recurse=False):
             if isinstance(parameter, DTensor):
-                module.__dict__[name] = parameter.to_local()
+                module.__dict__[name] = local_tensor(parameter)
 
     def hide(module: nn.Module, args: object, output: object) -> None:
         for name, _ in module.named_parameters(recurse=False):

@@ -21,7 +21,6 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.pipelining import (
     PipelineStage,
     Schedule1F1B,
-    ScheduleDualPipeV,
     ScheduleInterleaved1F1B,
     ScheduleInterleavedZeroBubble,
     ScheduleLoopedBFS,
@@ -30,7 +29,7 @@ from torch.distributed.pipelining import (
 
 from parallel.config import PipelineSchedule
 from parallel.pipeline_stages import PipelineStages
-from parallel.torch_compat import accumulate_in_reduce_dtype
+from parallel.torch_compat import PromptDualPipeV, accumulate_in_reduce_dtype
 from parallel.traffic import count_sent
 
 Tensors = tuple[Tensor, ...]
@@ -47,7 +46,7 @@ SCHEDULES: dict[PipelineSchedule, Callable[..., Any]] = {
     "looped_bfs": ScheduleLoopedBFS,
     "interleaved_zero_bubble": ScheduleInterleavedZeroBubble,
     "zbv": ScheduleZBVZeroBubble,
-    "dualpipev": ScheduleDualPipeV,
+    "dualpipev": PromptDualPipeV,
 }
 
 

@@ -1,7 +1,6 @@
 """Rows of tokens sorted by expert, and the weighted sum of the experts' results.
 
-Every dispatcher uses these: the one of `train.model.moe.experts` on one rank, that of
-`parallel.expert` between ranks.
+Every dispatcher uses these.
 """
 
 # ruff: noqa: ANN401 - torch leaves the type of an autograd function's ctx open

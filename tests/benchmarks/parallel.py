@@ -7,9 +7,11 @@ time. Layouts and ideal take turns, and every ratio is between neighbours in tim
 rounds. The share in communication is the time that a rank's thread spends inside collectives and
 waits, those for the slower rank included.
 
-The bubble of a pipeline is the part of the ranks' time between the first and the last pass in which
-no pass is computed. Beside it stands what the order of the schedule makes of the measured times of
-the passes, if no transfer takes time; with equal stages that is (ranks - 1) / (ranks - 1 + m) for 1F1B.
+The bubble of a pipeline is the part of the ranks' time in which they run no pass and sum no gradients,
+between the first and the last of these. Beside it stands what the order of the schedule makes of the
+time that each of them took, if communication takes none. In a second pair the calls that let tensors
+leave are no part of the bubble, and the order has them and transfers that take as long as one that has
+the machine for itself. With equal passes it is (ranks - 1) / (ranks - 1 + m) for 1F1B.
 """
 
 import json
@@ -123,10 +125,10 @@ def measure(size: Size, rounds: int) -> list[Row]:
             ratio=statistics.median(one) / statistics.median(ideal),
         ),
     ]
-    for turns, (layout, _) in zip(found, running, strict=True):
+    for turns, (layout, ranks) in zip(found, running, strict=True):
         rows += layout_rows(layout, turns, tokens)
         if "pipeline_parallel_size" in layout.parallel:
-            rows += bubble_rows(layout.name, turns)
+            rows += bubble_rows(layout.name, turns, ranks.transfer)
     return rows
 
 
@@ -169,57 +171,92 @@ def layout_rows(layout: Layout, turns: Sequence[Turn], tokens: int) -> list[Row]
     ]
 
 
-def bubble_rows(name: str, turns: Sequence[Turn]) -> list[Row]:
-    """The measured bubble beside that of the schedule."""
-    pairs = [(measured_bubble(turn.ranks), predicted_bubble(turn.ranks)) for turn in turns]
-    ratio = statistics.median(measured / predicted for measured, predicted in pairs)
-    return [
-        Row(
-            case=f"{name}: bubble | that of its order; target of the ratio's distance from 1",
+def bubble_rows(name: str, turns: Sequence[Turn], transfer: float) -> list[Row]:
+    """The measured bubble beside that of the schedule, with communication and without.
+
+    Args:
+        name: of the layout.
+        turns: its steps.
+        transfer: seconds of one.
+    """
+    unit = "of a rank's time"
+
+    def beside(what: str, *, with_handovers: bool) -> Row:
+        pairs = []
+        for turn in turns:
+            done = actions(turn.ranks, with_handovers=with_handovers)
+            order = predicted_bubble(done, transfer if with_handovers else 0.0)
+            pairs.append((measured_bubble(done), order))
+        ratio = statistics.median(measured / predicted for measured, predicted in pairs)
+        return Row(
+            case=f"{name}: bubble {what}; target of the ratio's distance from 1",
             value=statistics.median(measured for measured, _ in pairs),
-            unit="of a rank's time",
+            unit=unit,
             peer=statistics.median(predicted for _, predicted in pairs),
             ratio=ratio,
             target=FORMULA_TOLERANCE,
             met=abs(ratio - 1.0) <= FORMULA_TOLERANCE,
-        ),
+        )
+
+    apart = f"without handovers | that of its order, transfers of {1e3 * transfer:.1f} ms"
+    equal = [predicted_bubble(equal_passes(actions(turn.ranks))) for turn in turns]
+    return [
+        beside("| that of its order", with_handovers=False),
+        beside(apart, with_handovers=True),
         Row(
-            case=f"{name}: bubble of its order with equal stages",
-            value=statistics.median(predicted_bubble(turn.ranks, equal=True) for turn in turns),
-            unit="of a rank's time",
+            case=f"{name}: bubble of its order with equal passes",
+            value=statistics.median(equal),
+            unit=unit,
         ),
     ]
 
 
-def measured_bubble(ranks: Sequence[Measured]) -> float:
-    """From the first pass to the end of the last one, on all ranks."""
-    passes = [one for rank in ranks for one in rank.passes]
-    begin = min(start for *_, start, _ in passes)
-    end = max(start + busy for *_, start, busy in passes)
-    return 1.0 - sum(busy for *_, busy in passes) / (len(ranks) * (end - begin))
+Done = list[list[tuple[Action, float, float]]]
+"""Actions of each rank in order, with begin and busy seconds."""
 
 
-def predicted_bubble(ranks: Sequence[Measured], *, equal: bool = False) -> float:
-    """That of the order in which the passes ran, with the median time of each kind and stage.
+def actions(ranks: Sequence[Measured], *, with_handovers: bool = False) -> Done:
+    """What the ranks of a pipeline did from the first pass of the step on."""
+    begin = min(start for rank in ranks for kind, *_, start, _ in rank.passes if kind != "handover")
+    return [
+        [
+            (Action(kind, stage if kind != "handover" else -1 - number, place), start, busy)
+            for kind, stage, place, start, busy in rank.passes
+            if start >= begin and (with_handovers or kind != "handover")
+        ]
+        for number, rank in enumerate(ranks)
+    ]
+
+
+def equal_passes(done: Done) -> Done:
+    """The same, but every pass takes the mean time of its kind, and sums none."""
+    times: dict[str, list[float]] = {"sum": []}
+    for action, _, busy in (one for order in done for one in order):
+        times.setdefault(action.kind, []).append(busy * (action.kind != "sum"))
+    return [
+        [(action, start, statistics.mean(times[action.kind])) for action, start, _ in order]
+        for order in done
+    ]
+
+
+def measured_bubble(done: Done) -> float:
+    """Part of the ranks' time, up to the end of the last action, in which they do none."""
+    every = [one for order in done for one in order]
+    begin = min(start for _, start, _ in every)
+    end = max(start + busy for _, start, busy in every)
+    return 1.0 - sum(busy for *_, busy in every) / (len(done) * (end - begin))
+
+
+def predicted_bubble(done: Done, transfer: float = 0.0) -> float:
+    """That of the order of the actions, each with its own time.
 
     Args:
-        ranks: of one step.
-        equal: every pass of a kind takes the mean time of all stages instead.
+        done: by the ranks.
+        transfer: seconds between ranks.
     """
-    passes = [one for rank in ranks for one in rank.passes]
-    times: dict[tuple[str, int], list[float]] = {}
-    for kind, stage, _, _, busy in passes:
-        times.setdefault((kind, stage), []).append(busy)
-    seconds = {key: statistics.median(values) for key, values in times.items()}
-    if equal:
-        seconds = {
-            key: statistics.mean(seconds[k, s] for k, s in seconds if k == key[0])
-            for key in seconds
-        }
-    orders = [
-        [Action(kind, stage, number) for kind, stage, number, _, _ in rank.passes] for rank in ranks
-    ]
-    return bubble(orders, seconds, stages=1 + max(stage for _, stage in seconds))
+    seconds = {action: busy for order in done for action, _, busy in order}
+    orders = [[action for action, *_ in order] for order in done]
+    return bubble(orders, seconds, 1 + max(action.stage for action in seconds), transfer)
 
 
 class Ranks:
@@ -249,6 +286,8 @@ class Ranks:
         ]
         answers = [self._answer(process) for process in self.processes]
         self.refused: str | None = answers[0]["refused"]
+        self.transfer: float = answers[0].get("transfer", 0.0)
+        """Seconds between two ranks of a pipeline."""
 
     def begin_step(self) -> None:
         """Let all ranks start."""

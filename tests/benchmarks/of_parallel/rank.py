@@ -1,10 +1,11 @@
 """One rank of a layout: a process that trains a step whenever `tests.benchmarks.parallel` says so.
 
-Answers on stdout, one line of JSON each: first whether the version refuses the layout, then for every
-line on stdin what a step took.
+Answers on stdout, one line of JSON each: first whether the version refuses the layout, and how long a
+pipeline's ranks take to hand something over; then for every line on stdin what a step took.
 """
 
 import json
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from parallel.config import ParallelConfig
 from parallel.pipeline import _Stage
 from train.build import Training, build
 from train.config import OptimConfig, RunConfig, TrainConfig
+from train.microbatches import _crossing, split
 from train.model.attention.config import MlaConfig
 from train.model.config import ModelConfig
 from train.model.moe.config import MoeConfig
@@ -43,7 +45,7 @@ class Size:
 
 
 Pass = tuple[str, int, int, float, float]
-"""Kind, stage, microbatch, begin and busy seconds."""
+"""An action of `schedule`: kind, stage, microbatch; begin and busy seconds."""
 
 
 @dataclass(kw_only=True)
@@ -125,10 +127,12 @@ class Clock:
             setattr(dist, name, self.timed(getattr(dist, name)))
         dist.all_to_all_single = self.timed_until_done(dist.all_to_all_single)
         schedules._wait_batch_p2p = self.timed(schedules._wait_batch_p2p)
+        schedules._batch_p2p = self.noted_handover(schedules._batch_p2p)
         for name, kind in (
             ("forward_one_chunk", "forward"),
             ("backward_one_chunk", "backward"),
             ("backward_weight_one_chunk", "weights"),
+            ("perform_reduce_grad", "sum"),
         ):
             setattr(_Stage, name, self.noted(getattr(_Stage, name), kind))
 
@@ -165,11 +169,42 @@ class Clock:
             result = call(stage, number, *args, **kwargs)
             # The first half of a split backward pass goes by the same name as a whole one.
             name = kind if kwargs.get("full_backward", True) else "inputs"
+            number *= kind != "sum"
             busy = time.perf_counter() - started - (self.waited - waited)
             self.passes.append((name, stage.stage_index, number, started, busy))
             return result
 
         return run
+
+    def noted_handover(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """The same call, which lets tensors leave or be received."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            started = time.perf_counter()
+            works = call(*args, **kwargs)
+            busy = time.perf_counter() - started
+            self.passes.append(("handover", -1, len(self.passes), started, busy))
+            return works
+
+        return run
+
+
+def transfer_seconds(training: Training, batch: Batch) -> float:
+    """To hand the streams of a microbatch to the next rank, while no rank does anything else."""
+    assert training.pipeline is not None
+    group = training.pipeline.group
+    tensors = [torch.zeros_like(t, device="cpu") for t in _crossing(training, split(batch, 1)[0])]
+    seconds = list[float]()
+    for _ in range(20):
+        started = time.perf_counter()
+        for sender in range(2):
+            for tensor in tensors:
+                if group.rank() == sender:
+                    dist.send(tensor, group=group, group_dst=1 - sender)
+                else:
+                    dist.recv(tensor, group=group, group_src=sender)
+        seconds.append((time.perf_counter() - started) / 2)
+    return statistics.median(seconds)
 
 
 def measured_step(training: Training, batch: Batch, step: int, clock: Clock) -> Measured:
@@ -191,8 +226,9 @@ def main(request: dict[str, Any]) -> None:
         print(json.dumps({"refused": str(error).splitlines()[0]}), flush=True)
         return
     clock, batch = Clock(), own_batch(size, training)
+    transfer = 0.0 if training.pipeline is None else transfer_seconds(training, batch)
     clock.install()
-    print(json.dumps({"refused": None}), flush=True)
+    print(json.dumps({"refused": None, "transfer": transfer}), flush=True)
     for step, _ in enumerate(sys.stdin, start=1):
         print(json.dumps(asdict(measured_step(training, batch, step, clock))), flush=True)
     dist.destroy_process_group()

@@ -1,17 +1,10 @@
-"""The routed experts of one layer and the dispatch of tokens to them on one rank.
-
-`layer` holds both. Expert parallelism replaces the dispatch (`MoeLayer.dispatch`) and cuts the
-experts along dim 0; neither file knows about ranks.
-"""
-
-from collections.abc import Callable
+"""The routed experts of one layer, held by `layer`; expert parallelism cuts them along dim 0."""
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from parallel.grouped import GroupedLinear, grouped_mm
-from parallel.rows import order_by_expert, permute, row_multiple
 from train.model.ffn import swiglu
 from train.model.moe.config import MoeConfig
 
@@ -44,26 +37,3 @@ class Experts(nn.Module):
         """
         gate, up = self.grouped_linear(rows, self.gate_up, counts).chunk(2, dim=-1)
         return self.grouped_linear(swiglu(gate, up, self.limit), self.down, counts)
-
-
-class LocalDispatcher:
-    """Bring tokens to experts that are all on this rank, and the results back.
-
-    Args:
-        num_experts: experts of the layer.
-    """
-
-    def __init__(self, num_experts: int) -> None:
-        self.num_experts = num_experts
-
-    def __call__(
-        self,
-        tokens: Float[Tensor, "tokens hidden"],
-        expert_indices: Int[Tensor, "tokens k"],
-        expert_weights: Float[Tensor, "tokens k"],
-        experts: nn.Module,
-    ) -> Callable[[], Tensor]:
-        """What returns the weighted sum of each token's experts, in the type of `tokens`."""
-        order = order_by_expert(expert_indices, self.num_experts, multiple=row_multiple(tokens))
-        rows, combine = permute(tokens, order)
-        return lambda: combine(experts(rows, order.counts), expert_weights)

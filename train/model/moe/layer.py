@@ -3,10 +3,10 @@
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from parallel.expert import Dispatcher
+from parallel.expert import Dispatcher, LocalDispatcher
 from train.model.config import ModelConfig
 from train.model.ffn import FeedForward
-from train.model.moe.experts import Experts, LocalDispatcher
+from train.model.moe.experts import Experts
 from train.model.moe.router import HashRouter, Router, TopKRouter
 from train.model.tokens import Tokens
 

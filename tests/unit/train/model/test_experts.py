@@ -1,11 +1,12 @@
 import pytest
 import torch
 
+from parallel.expert import LocalDispatcher
 from parallel.grouped import grouped_mm
 from tests.tokens import tokens_of
 from tests.unit.train.model.tiny import TINY, relative_error, with_changes
 from train.model.moe.config import MoeConfig
-from train.model.moe.experts import Experts, LocalDispatcher
+from train.model.moe.experts import Experts
 from train.model.moe.layer import MoeLayer
 
 CONFIG = MoeConfig(num_experts=5, num_experts_per_token=2, expert_intermediate_size=6)
