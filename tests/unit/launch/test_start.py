@@ -139,5 +139,5 @@ def test_tables_of_engram_may_change_where_fresh_ones_are_wanted(
     model = load_resolved(Path("runs/d/recipe.yaml")).model
     assert model.engram is not None
     assert model.engram.rows_per_head == 99
-    with pytest.raises(RecipeError, match="model.engram.head_dim=4: cannot change"):
+    with pytest.raises(RecipeError, match=r"model\.engram\.head_dim=4: cannot"):
         start.resume(Path("runs/d"), ["model.engram.head_dim=4"])
