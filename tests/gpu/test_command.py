@@ -50,7 +50,7 @@ def records(run_dir: Path) -> list[dict[str, Any]]:
 
 def mean(rows: list[dict[str, Any]], name: str) -> float:
     """Without the first steps, which compile and warm up."""
-    return statistics.mean(row[name] for row in rows[5:])
+    return statistics.mean(float(row[name]) for row in rows[5:])
 
 
 @pytest.mark.timeout(220)
