@@ -20,19 +20,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from launch.bench import Row
 from parallel.engram_optimizers import LazyAdam, RowAdagrad, RowOptimizer
 from parallel.engram_rows import RowStore
 from tests.benchmarks.of_engram.files import drop_from_memory
+from tests.benchmarks.of_engram.row_updates import update_rows
 from tests.benchmarks.of_engram.step import StepProcess
 
 SIZES = (10**5, 10**6, 10**7, 10**8)
@@ -45,7 +45,7 @@ def run() -> list[Row]:
     """Everything, one after the other."""
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory)
-        return [*steps(), *passes(), *updates(), *runs(folder), *memory(), *file(folder)]
+        return [*steps(), *passes(), *update_rows(), *runs(folder), *memory(), *file(folder)]
 
 
 def steps(sizes: tuple[int, ...] = SIZES, rounds: int = ROUNDS) -> list[Row]:
@@ -118,49 +118,6 @@ def passes_of(size: int, rounds: int) -> float:
     return statistics.median(found[WARM_UP:])
 
 
-def updates(rounds: int = ROUNDS) -> list[Row]:
-    """One step of the optimizers beside torch's for sparse gradients, on the same rows."""
-    size, width, touched = 2_000_000, 64, 50_000
-    generator = np.random.default_rng(0)
-    gradients = generator.standard_normal((touched, width), dtype=np.float32)
-    table = torch.nn.Parameter(torch.zeros(size, width))
-    sparse = torch.optim.SparseAdam([table])
-    found: dict[str, list[float]] = {"SparseAdam": [], "lazy Adam": [], "row-wise Adagrad": []}
-    with (
-        store_of(size, width, LazyAdam(0.9, 0.95, 1e-8)) as adam,
-        store_of(size, width, RowAdagrad(1e-10)) as adagrad,
-    ):
-        for array in (*adam.arrays.values(), *adagrad.arrays.values()):
-            array.fill(0)
-        for turn in range(WARM_UP + rounds):
-            local = distinct(generator, size, touched)
-            table.grad = torch.sparse_coo_tensor(
-                torch.from_numpy(local)[None], torch.from_numpy(gradients), (size, width)
-            ).coalesce()
-            for name, step in {
-                "SparseAdam": sparse.step,
-                "lazy Adam": lambda: update(adam, local, gradients, turn),  # noqa: B023 - called here
-                "row-wise Adagrad": lambda: update(adagrad, local, gradients, turn),  # noqa: B023
-            }.items():
-                found[name].append(cpu_seconds(step))
-    peer = 1e3 * statistics.median(found["SparseAdam"][WARM_UP:])
-    rows = []
-    for name, target in (("lazy Adam", 4.0), ("row-wise Adagrad", 20.0)):
-        value = 1e3 * statistics.median(found[name][WARM_UP:])
-        rows.append(
-            Row(
-                case=f"{name}, {touched:,} of 2M x 64 | SparseAdam; target of its time over ours",
-                value=value,
-                unit="CPU ms",
-                peer=peer,
-                ratio=value / peer,
-                target=target,
-                met=peer / value >= target,
-            )
-        )
-    return rows
-
-
 def runs(folder: Path, pairs: int = 3, steps_of_run: int = 24) -> list[Row]:
     """`v4_nano` on four ranks with host tables, and with the table inside the ranks."""
     hidden, late, unique = list[float](), list[float](), list[float]()
@@ -224,11 +181,12 @@ def train(run_dir: Path, storage: str, steps_of_run: int) -> list[dict[str, Any]
 def memory() -> list[Row]:
     """Memory of one owner of four, after every row was updated, and after few were."""
     size, ranks = 20_000_000, 4
-    rows = []
-    for name, optimizer in {
+    optimizers: dict[str, RowOptimizer] = {
         "lazy Adam": LazyAdam(0.9, 0.95, 1e-8),
         "row-wise Adagrad": RowAdagrad(1e-10),
-    }.items():
+    }
+    rows = []
+    for name, optimizer in optimizers.items():
         with store_of(size, WIDTH, optimizer, ranks=ranks) as store:
             expected = size / ranks * store.bytes_per_row
             before = resident()
@@ -327,13 +285,6 @@ def distinct(generator: np.random.Generator, size: int, count: int) -> NDArray[n
     """Rows in ascending order, each once: one from each of `count` equal parts of the table."""
     edges = np.linspace(0, size, count + 1).astype(np.int64)
     return generator.integers(edges[:-1], edges[1:])
-
-
-def cpu_seconds(step: Callable[[], object]) -> float:
-    """Of this process, all threads."""
-    start = time.process_time()
-    step()
-    return time.process_time() - start
 
 
 def resident() -> int:

@@ -1,10 +1,10 @@
-"""What a rank's rows cost: `python -m tests.benchmarks.of_engram.row_updates`, or from `engram`.
+"""What the update of a rank's rows costs, for `mneme bench engram`.
 
 CPU time of one thread: the least of several rounds, since neighbours on the machine only add to it.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -21,8 +21,8 @@ OPTIMIZERS: dict[str, RowOptimizer] = {
     "row-wise Adagrad": RowAdagrad(1e-8),
     "Sinkhorn momentum": SinkhornMomentum(0.95, 0.2),
 }
-TARGETS = {"lazy Adam": 4.0, "row-wise Adagrad": 20.0}
-"""Promised ratio of the time of SparseAdam."""
+TARGETS = {"lazy Adam": 1 / 4, "row-wise Adagrad": 1 / 20}
+"""Promised part of the time of SparseAdam."""
 Local = NDArray[np.int64]
 
 
@@ -33,38 +33,28 @@ def update_rows(rows: int = 2_000_000, width: int = 64, touched: int = 50_000) -
     answer = []
     for name, optimizer in OPTIMIZERS.items():
         seconds, _ = store_seconds(optimizer, rows, sets, gradients)
-        ratio, target = given / seconds, TARGETS.get(name)
+        ratio, target = seconds / given, TARGETS.get(name)
         answer.append(
             Row(
-                case=f"{name} | SparseAdam with the sparse gradient given (target: x times less)",
+                case=f"{name}, 50,000 of 2M x 64 | SparseAdam, gradient given"
+                + ("; target of the ratio" if target else ""),
                 value=1e3 * seconds,
                 unit="CPU ms",
                 peer=1e3 * given,
                 ratio=ratio,
                 target=target,
-                met=None if target is None else ratio >= target,
+                met=None if target is None else ratio <= target,
             )
         )
         answer.append(
             Row(
-                case=f"{name} | SparseAdam and making that gradient",
+                case=f"{name} | SparseAdam and making its sparse gradient",
                 value=1e3 * seconds,
                 unit="CPU ms",
                 peer=1e3 * made,
-                ratio=made / seconds,
+                ratio=seconds / made,
             )
         )
-    return answer
-
-
-def row_passes(
-    sizes: Sequence[int] = (10**5, 10**6, 10**7, 10**8), width: int = 16, touched: int = 26_000
-) -> dict[int, float]:
-    """Seconds of gather and row-wise Adagrad together, by rows of the table; all of it is resident."""
-    answer = {}
-    for rows in sizes:
-        sets, gradients = _touched(rows, touched), _gradients(touched, width)
-        answer[rows] = sum(store_seconds(OPTIMIZERS["row-wise Adagrad"], rows, sets, gradients))
     return answer
 
 
@@ -150,9 +140,3 @@ def _touched(rows: int, count: int) -> list[Local]:
 def _gradients(count: int, width: int) -> NDArray[np.float32]:
     random = np.random.default_rng(1)
     return (random.standard_normal((count, width)) * 1e-3).astype(np.float32)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    for row in update_rows():
-        print(row)

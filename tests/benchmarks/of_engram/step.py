@@ -17,6 +17,7 @@ import torch.distributed as dist
 from data.loader import Batch
 from launch.compose import compose
 from parallel.engram_plan import StepPlan, plan_step
+from parallel.engram_rows import RowStore
 from train.build import Training, build
 from train.config import RunConfig
 from train.step import train_step
@@ -110,15 +111,18 @@ def plan(training: Training, like: StepPlan, generator: np.random.Generator) -> 
     return plan_step(ids, like.places, like.limits, num_rows=geometry.num_rows, ranks=1)
 
 
+def touch_every_page(store: RowStore) -> None:
+    """The time for pages that are touched first is no cost of a table that is in use."""
+    for array in store.arrays.values():
+        array.fill(0)
+
+
 def main(rows: int) -> None:
     """Answer every line on stdin by the seconds of a step."""
     config = recipe(rows)
     training = build(config)
     assert training.memory is not None
-    # The time for pages that are touched first is no cost of a table that is in use.
-    training.memory.service.submit(
-        lambda store: [a.fill(0) for a in store.arrays.values()]
-    ).result()
+    training.memory.service.submit(touch_every_page).result()
     tokens, generator = batch(config), np.random.default_rng(0)
     like = training.memory.plan(tokens)
     training.memory.announce(1, plan(training, like, generator))
