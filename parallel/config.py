@@ -71,8 +71,8 @@ class EngramTableConfig:
     """Ask for 2 MB pages for private memory: faster, but memory is taken in such pieces."""
     path: str | None = None
     """Directory of the files of `mmap`, on a local drive; scratch, not a checkpoint."""
-    timeout_seconds: float = 60.0
-    """An exchange of rows that waits longer fails."""
+    timeout_seconds: float = 300.0
+    """An exchange of rows that waits longer fails; longer than one rank may lag behind another."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
