@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from data.packing import Batch
 from launch.compose import compose
+from parallel.engram_rows import RowStore
 from parallel.initialize import standard_normal
 from tests.unit.train.model.images import Document, crop, pack_documents
 from train.build import Training, build
@@ -90,7 +91,10 @@ def trace(backend: str, config: RunConfig, noise: float = 0.02) -> Trace:
                 )
             )
     training.backend.synchronize()
-    return Trace(records, gradients, state(training))
+    found = Trace(records, gradients, state(training))
+    if training.memory is not None:
+        training.memory.close()
+    return found
 
 
 def tables_of_the_host(position_ids: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -140,12 +144,21 @@ def grads(training: Training) -> Values:
 
 
 def state(training: Training) -> Values:
-    """Every parameter as a whole, and the routers' biases."""
+    """Every parameter as a whole, the routers' biases, and tables in host memory."""
     found = {name: whole(value) for name, value in training.model.named_parameters()}
     for number, layer in enumerate(training.model.moe_layers()):
         if layer.expert_bias is not None:
             found[f"expert_bias.{number}"] = whole(layer.expert_bias)
+    if training.memory is not None:
+        found["rows"] = training.memory.service.submit(rows_of).result()
     return found
+
+
+def rows_of(store: RowStore) -> NDArray[Any]:
+    """The tables in host memory, as the master type has them."""
+    rows = np.empty((store.num_rows, store.width), store.master)
+    store.gather(np.arange(store.num_rows), rows)
+    return rows
 
 
 def whole(value: Tensor) -> NDArray[Any]:

@@ -19,6 +19,7 @@ STAGES = (
 )
 FAMILIES = {
     "v4_nano": ("v4_nano",),
+    "v4_nano, tables on the device": ("v4_nano", "parallel.engram.storage=device"),
     "v3_nano": ("v3_nano",),
     "v32_nano": ("v32_nano", f"train.stages={STAGES}"),
     "v4_flash_nano": ("v4_flash_nano", f"train.stages={STAGES}", "data.num_lanes=null"),
