@@ -60,6 +60,12 @@ class ZeroEngine:
         self._states = optimizer.state
         self._allocate_states()
         self._reached: set[str] = set()
+        self._further_square = 0.0
+        # It clips by the norm that it is told, whatever the stage.
+        unscale_and_clip = self._zero.unscale_and_clip_grads
+        self._zero.unscale_and_clip_grads = lambda gradients, norm: unscale_and_clip(
+            gradients, self._joined(norm)
+        )
         for name, parameter in self._parameters.items():
             parameter.register_hook(partial(self._reach, name))  # type: ignore[no-untyped-call]
 
@@ -76,18 +82,19 @@ class ZeroEngine:
         loss.backward()  # type: ignore[no-untyped-call]
 
     def clip_gradients(self, further_square: float = 0.0) -> Float[Tensor, ""]:
-        """The global gradient norm before clipping; `step` clips, by the model's norm alone.
+        """The global gradient norm before clipping; `step` clips.
 
-        Communication: an all-reduce of one number for each parameter group, and of one more.
+        Communication: an all-reduce of one number for each parameter group, and of two more.
 
         Raises:
             RuntimeError: some rank has a parameter that got no gradient. DeepSpeed would take 0,
                 or at stage 3 that of the step before.
         """
-        assert further_square == 0.0, "refused by train.memory_rules"
         missing = self._parameters.keys() - self._reached
         self._reached.clear()
-        if sum_over(torch.tensor(len(missing))).item():
+        numbers = torch.tensor([len(missing), further_square], dtype=torch.float64)
+        num_missing, self._further_square = sum_over(numbers).tolist()
+        if num_missing:
             raise RuntimeError(
                 f"no gradient after backward for {sorted(missing) or 'parameters of other ranks'}: "
                 "they did not take part in the loss"
@@ -97,7 +104,7 @@ class ZeroEngine:
         else:
             combine = self._deepspeed.runtime.utils.combine_grad_norm_groups
             norm = combine(self._zero._get_norm_groups())
-        unscaled: Tensor = norm / self._zero.loss_scale
+        unscaled: Tensor = self._joined(norm) / self._zero.loss_scale
         return unscaled
 
     def step(self, learning_rate: float) -> None:
@@ -152,6 +159,13 @@ class ZeroEngine:
         for kept in self._states.values() if updates else ():
             kept["step"].fill_(*updates)
         self._show_updated_parameters()
+
+    def _joined(self, norm: Tensor) -> Tensor:
+        """The norm of the model's gradients and of those outside it; scaled, as DeepSpeed has it."""
+        if not self._further_square:
+            return norm
+        further = self._further_square**0.5 * self._zero.loss_scale
+        return torch.hypot(norm, torch.full_like(norm, further))
 
     def _reach(self, name: str, gradient: Tensor) -> None:
         self._reached.add(name)

@@ -71,7 +71,7 @@ class HostMemory:
         def lookup(tokens: Tokens) -> Float[Tensor, "batch part columns head_dim"]:
             assert self._current is not None, "no step has been started"
             picked: Tensor = _Pick.apply(  # type: ignore[no-untyped-call]
-                engram.value.weight, self._current, columns, tokens
+                engram.query_norm, self._current, columns, tokens
             )
             return picked
 
@@ -205,9 +205,8 @@ class _Pick(torch.autograd.Function):
 
     Backward leaves their gradients with the step and returns none. It runs when the gradient of
     `anchor` is asked for: schedules that compute gradients of inputs and of weights apart ask for
-    those of parameters only. It must be the first parameter of the module that is multiplied with
-    the rows: torch walks parameters in order, and one that joined two groups of earlier ones would
-    be asked for in both.
+    those of parameters only. It must be the first parameter of the memory: torch walks parameters
+    in order, and one that joined two groups of earlier ones would be asked for in both.
     """
 
     @staticmethod

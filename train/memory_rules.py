@@ -28,12 +28,6 @@ def problems(config: RunConfig) -> Iterator[str]:
         return
     yield from _rows(config)
     yield from _path(config.parallel.engram)
-    if config.parallel.data_engine == "deepspeed":
-        yield (
-            f"parallel.engram.storage={config.parallel.engram.storage}: the gradients of these tables "
-            "join the norm by which all are clipped, and parallel.data_engine=deepspeed takes its "
-            "own; use device, or parallel.data_engine=fsdp"
-        )
     optim = config.optim
     balanced = optim.table_optimizer == "sinkhorn" and "engram" in optim.tables
     if balanced and optim.engram_optimizer != "sinkhorn":

@@ -9,6 +9,7 @@ from parallel.deepspeed_engine import ZeroEngine
 from parallel.deepspeed_setup import load_deepspeed, materialise, zero_settings
 from parallel.mesh import Meshes
 from train.config import RunConfig
+from train.memory_rules import tables_in_host_memory
 from train.model.initialize import fill_buffers, parameter_init
 from train.model.roles import parameter_roles
 from train.model.transformer import Transformer
@@ -27,6 +28,8 @@ def build_zero(
     )
     with torch.device("meta"):
         model = Transformer(config.model, range(config.model.num_layers))
+    if tables_in_host_memory(config):
+        model.remove_tables()
     model.recompute(config.train.recompute)
     install_kernels(model.parts(), meshes.ep, config.parallel)
     inits, roles = parameter_init(model), parameter_roles(model)

@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from data.loader import build_loader, fingerprint
 from parallel import deepspeed_setup
 from parallel.backend.cpu import CpuBackend
-from parallel.config import ZeroConfig
+from parallel.config import EngramTableConfig, ZeroConfig
 from parallel.cross_entropy import summed_cross_entropy
 from parallel.deepspeed_engine import ZeroEngine
 from parallel.initialize import fill_parameters, standard_normal
@@ -39,6 +39,7 @@ from tests.parity.test_layouts import recipe
 from tests.parity.test_layouts_dsa import sparse_recipe
 from tests.parity.test_layouts_hybrid import hybrid_recipe
 from train.build import Training, build, compress_memory_keys
+from train.checkpoint.state import Progress
 from train.config import (
     CheckpointConfig,
     EvaluateConfig,
@@ -47,13 +48,14 @@ from train.config import (
     RunConfig,
 )
 from train.evaluate import evaluate
-from train.loop import resume, train
+from train.loop import open_batches, resume, train
 from train.model.config import Recompute
 from train.model.initialize import fill_buffers, parameter_init
 from train.model.roles import parameter_roles
 from train.model.transformer import Transformer
 from train.optim.build import adamw
 from train.optim.optimizers import Optimizers
+from train.parity.memory import table_rows
 from train.rank_model import RankModel
 from train.recipe import load_resolved, save_resolved
 from train.step import train_step
@@ -286,6 +288,52 @@ def test_bf16_computes_what_fsdp2_computes(tiny_corpus: Path, zero: ZeroConfig) 
         for name, value in theirs["parameters"].items():
             error = np.abs(ours["parameters"][name] - value).max()
             assert error <= (5e-3 if "table" in name else 1e-3), (name, error)  # one of three steps
+
+
+def train_with_tables(rank: int, configs: list[RunConfig]) -> list[list[dict[str, Any]]]:
+    """Losses and norms, and what the rank has after the last step, of each run."""
+    found = []
+    for config in configs:
+        join()
+        training = build(config)
+        batches = open_batches(training, Progress(step=0, tokens=0, data_state={}))
+        steps = [dict(train_step(training, b, n)) for n, (_, b, _) in enumerate(batches, start=1)]
+        tensors = whole(training.engine.state(only_weights=True) | table_rows(training))
+        assert training.memory is not None
+        training.memory.close()
+        found.append([*steps, tensors])
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_tables_in_host_memory_are_trained_and_clipped_with_the_rest(
+    tiny_corpus: Path, dtype: str
+) -> None:
+    """The bound is below the norm, and with so large an eps an update is as large as its gradient."""
+    config = make_recipe(tiny_corpus, "mhc", 2, 4, dtype)
+    tables = EngramTableConfig(storage="memory")
+    config = replace(
+        config,
+        parallel=replace(config.parallel, engram=tables),
+        optim=replace(config.optim, max_grad_norm=0.5, eps=1.0, learning_rate=1.0),
+    )
+    stages = (ZeroConfig(stage=1), ZeroConfig(stage=2), ZeroConfig(stage=3), HOST)
+    configs = [config, *(under_zero(config, zero) for zero in stages)]
+    expected, *found = run_distributed(train_with_tables, 2, configs, timeout=150.0)[0]
+    assert expected[-2]["grad_norm"] > 0.5
+    for ours in found:
+        for mine, other in zip(ours[:-1], expected[:-1], strict=True):
+            assert mine["loss"] == pytest.approx(
+                other["loss"], rel=1e-6 if dtype == "fp32" else 1e-4
+            )
+            bound = 1e-5 if dtype == "fp32" else 2e-3
+            assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=bound)
+        assert ours[-1].keys() == expected[-1].keys()
+        for name, value in expected[-1].items():
+            error = np.abs(ours[-1][name] - value).max()
+            assert error <= (3e-6 if dtype == "fp32" else 1e-3), (name, error)
 
 
 def run(rank: int, run_dir: Path) -> tuple[int, Arrays]:

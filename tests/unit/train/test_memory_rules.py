@@ -20,9 +20,7 @@ def recipe(
     return RunConfig(
         name="memory",
         model=ModelConfig(engram=engram),
-        parallel=ParallelConfig(
-            engram=EngramTableConfig(**tables), data_engine=keys.pop("data_engine", "fsdp")
-        ),
+        parallel=ParallelConfig(engram=EngramTableConfig(**tables)),
         train=TrainConfig(dtype=keys.pop("dtype", "fp32")),
         optim=OptimConfig(**keys),
     )
@@ -45,7 +43,7 @@ def recipe(
             [],
         ),
         # Switched off by one key.
-        (recipe({"storage": "mmap"}, engram=None, data_engine="deepspeed"), []),
+        (recipe({"storage": "mmap"}, engram=None), []),
         (
             recipe({"storage": "mmap"}),
             [
@@ -65,14 +63,6 @@ def recipe(
             [
                 "parallel.engram.dtype=bf16: train.dtype=fp64 keeps rows in fp64; use fp32 (the "
                 "master type), or train.dtype=fp32"
-            ],
-        ),
-        (
-            recipe({"storage": "memory"}, data_engine="deepspeed"),
-            [
-                "parallel.engram.storage=memory: the gradients of these tables join the norm by which "
-                "all are clipped, and parallel.data_engine=deepspeed takes its own; use device, or "
-                "parallel.data_engine=fsdp"
             ],
         ),
         (
