@@ -292,12 +292,14 @@ def test_bf16_computes_what_fsdp2_computes(tiny_corpus: Path, zero: ZeroConfig) 
 
 def train_with_tables(rank: int, configs: list[RunConfig]) -> list[list[dict[str, Any]]]:
     """Losses and norms, and what the rank has after the last step, of each run."""
-    found = []
+    found: list[list[dict[str, Any]]] = []
     for config in configs:
         join()
         training = build(config)
         batches = open_batches(training, Progress(step=0, tokens=0, data_state={}))
-        steps = [dict(train_step(training, b, n)) for n, (_, b, _) in enumerate(batches, start=1)]
+        steps: list[dict[str, Any]] = [
+            dict(train_step(training, b, n)) for n, (_, b, _) in enumerate(batches, start=1)
+        ]
         tensors = whole(training.engine.state(only_weights=True) | table_rows(training))
         assert training.memory is not None
         training.memory.close()
