@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Int64, UInt8
 from numpy.typing import NDArray
+
+from parallel.compiled import compiled
 
 Arrays = Mapping[str, NDArray[Any]]
 """Of a store: name -> array whose first dim is the rank's rows."""
@@ -255,19 +257,22 @@ class RowFile:
         rows = common_rows(self._entry.rows_of(table.layer), table.held(rank, ranks))
         if not rows:
             return
-        to = {name: as_records(array) for name, array in arrays.items()}
-        here = {name: as_records(self.array(table.layer, name)) for name in arrays}
-        size = sum(records.dtype.itemsize for records in here.values())
+        here = {name: self.array(table.layer, name) for name in arrays}
+        size = sum(as_records(array).dtype.itemsize for array in here.values())
         for source, numbers in self._pieces(table.layer, rows, max(1, _CHUNK_BYTES // size)):
             local = (table.first_row + numbers) // ranks
-            parts = {name: records[source] for name, records in here.items()}
             if isinstance(source, slice):
-                written = _any_byte(list(parts.values()))
-                local = local[written]
-                parts = {name: part[written] for name, part in parts.items()}
-            for name, part in parts.items():
-                to[name][local] = part
-            yield local
+                written = np.zeros(len(local), dtype=np.bool_)
+                for name, array in here.items():
+                    step = rows.step // ranks
+                    _copy_written(
+                        _bytes(array)[source], _bytes(arrays[name]), local[0], step, written
+                    )
+                yield local[written]
+            else:
+                for name, array in here.items():
+                    as_records(arrays[name])[local] = as_records(array)[source]
+                yield local
 
     def _pieces(
         self, layer: int, rows: range, length: int
@@ -292,13 +297,28 @@ def as_records(array: NDArray[Any]) -> NDArray[Any]:
     return array.reshape(len(array), -1).view(np.dtype((np.void, width))).reshape(-1)
 
 
-def _any_byte(arrays: Sequence[NDArray[Any]]) -> Bool[np.ndarray, "rows"]:
-    """Which rows are not zero in every bit of every array."""
-    found = np.zeros(len(arrays[0]), dtype=np.bool_)
-    for records in arrays:
-        data = np.ascontiguousarray(records).view(np.uint8)
-        found |= data.reshape(len(records), -1).any(axis=1)
-    return found
+def _bytes(array: NDArray[Any]) -> UInt8[np.ndarray, "rows bytes"]:
+    """A view of an array with the bytes of each row."""
+    return array.reshape(len(array), -1).view(np.uint8)
+
+
+@compiled
+def _copy_written(
+    source: UInt8[np.ndarray, "rows bytes"],
+    target: UInt8[np.ndarray, "held bytes"],
+    first: int,
+    step: int,
+    written: Bool[np.ndarray, "rows"],
+) -> None:
+    """Copy row i to `first + i step` unless all its bits are zero, and note that it was not."""
+    for row in range(source.shape[0]):
+        column = 0
+        while column < source.shape[1] and source[row, column] == 0:
+            column += 1
+        if column < source.shape[1]:
+            written[row] = True
+            for column in range(source.shape[1]):
+                target[first + row * step, column] = source[row, column]
 
 
 def _dtype(arrays: Arrays, name: str) -> np.dtype[Any]:
