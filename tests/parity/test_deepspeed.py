@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from data.loader import build_loader, fingerprint
 from parallel import deepspeed_setup
 from parallel.backend.cpu import CpuBackend
-from parallel.config import EngramTableConfig, ZeroConfig
+from parallel.config import EngramStorage, EngramTableConfig, ZeroConfig
 from parallel.cross_entropy import summed_cross_entropy
 from parallel.deepspeed_engine import ZeroEngine
 from parallel.initialize import fill_parameters, standard_normal
@@ -345,7 +345,7 @@ def run(rank: int, run_dir: Path) -> tuple[int, Arrays]:
     code = train(config, run_dir, StopRequest())
     training = build(config)
     resume(training, run_dir, fingerprint(config.data))
-    return code, whole(training.engine.state())
+    return code, whole(training.engine.state() | table_rows(training))
 
 
 def losses(run_dir: Path) -> list[tuple[float, float]]:
@@ -356,16 +356,18 @@ def losses(run_dir: Path) -> list[tuple[float, float]]:
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(
-    ("first", "second", "exact"),
+    ("first", "second", "exact", "storage"),
     [
         # With one microbatch, stages 1 and 2 do what FSDP2 does to the last bit.
-        (ZeroConfig(stage=2), ZeroConfig(stage=2), True),
-        (None, ZeroConfig(stage=1), True),
-        (ZeroConfig(stage=2, offload_optimizer="cpu"), None, True),
+        (ZeroConfig(stage=2), ZeroConfig(stage=2), True, "device"),
+        (None, ZeroConfig(stage=1), True, "device"),
+        (ZeroConfig(stage=2, offload_optimizer="cpu"), None, True, "device"),
+        (None, ZeroConfig(stage=2), True, "memory"),
         # Stage 3 adds up in another order: equal to itself, close to FSDP2.
-        (HOST, HOST, False),
-        (None, HOST, False),
-        (HOST, None, False),
+        (HOST, HOST, False, "device"),
+        (None, HOST, False, "device"),
+        (HOST, None, False, "device"),
+        (HOST, None, False, "memory"),
     ],
 )
 def test_a_run_goes_on_in_another_engine(
@@ -374,10 +376,12 @@ def test_a_run_goes_on_in_another_engine(
     first: ZeroConfig | None,
     second: ZeroConfig | None,
     exact: bool,
+    storage: EngramStorage,
 ) -> None:
     base = make_recipe(tiny_corpus, "mhc", 2, 4, "fp32")
     base = replace(
         base,
+        parallel=replace(base.parallel, engram=EngramTableConfig(storage=storage)),
         optim=replace(base.optim, schedule="constant"),
         checkpoint=CheckpointConfig(every_steps=2, keep_last=9),
         evaluate=EvaluateConfig(every_steps=2, num_sequences=4),

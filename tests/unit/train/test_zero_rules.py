@@ -95,7 +95,7 @@ def test_what_works_is_accepted(values: dict[str, Any]) -> None:
             "use adamw, or parallel.data_engine=fsdp",
         ),
         (
-            {"optim__table_optimizer": "sinkhorn", "optim__engram_optimizer": "sinkhorn"},
+            {"optim__table_optimizer": "sinkhorn"},
             "optim.table_optimizer=sinkhorn: needs whole rows",
             "use adamw, or parallel.data_engine=fsdp",
         ),
