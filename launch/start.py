@@ -24,11 +24,10 @@ from launch.runs import next_token_loss, read_metrics, read_status
 from launch.schema import flatten, show
 from parallel.config import BackendName
 from train.checkpoint.commit import holds_only_weights, newest_checkpoint
+from train.checkpoint.geometry import FRESH, differences, recipe_geometry, refusal
 from train.config import RunConfig
 from train.recipe import load_resolved
 
-FRESH = "checkpoint.unfit_tables=fresh"
-"""Said by who resumes with other tables of Engram."""
 CHANGEABLE = (
     *("train.steps", "train.micro_batch_size"),
     *("checkpoint", "evaluate", "monitor", "launch", "parallel"),
@@ -86,6 +85,10 @@ def resume(run_dir: Path, overrides: Sequence[str]) -> int:
     config = change(before, overrides, _changeable(before, overrides, begun=begun))
     if problems := obstacles(config):
         raise RecipeError([*problems, *_started_elsewhere(run_dir)])
+    if newest and config.model.engram is not None:
+        found = differences(newest[1], config, recipe_geometry(config))
+        if problems := refusal(found, config, run_dir):
+            raise RecipeError(problems)
     step = newest[0] if newest else 0
     if step >= config.train.steps:
         print(

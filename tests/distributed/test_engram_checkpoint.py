@@ -226,7 +226,7 @@ def only_weights(rank: int, config: RunConfig, run_dir: Path) -> None:
     save_distributed(state, checkpoint_id=temporary)
     write_meta(temporary, step=0, tokens=0, corpus="", world_size=0, only_weights=True)
     lines = [
-        f"{commit(temporary)}: holds no Engram tables",
+        f"{commit(temporary)}/engram/geometry.json: missing; the checkpoint knows of no Engram tables",
         "or keep everything else and start the tables at zero:",
         f"  mneme resume {run_dir} checkpoint.unfit_tables=fresh",
     ]

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from train.checkpoint.commit import begin, commit, newest_checkpoint
+from train.checkpoint.geometry import Geometry, recipe_geometry, write_geometry
 from train.lifetime import die_with_parent, leave
+from train.recipe import load_resolved
 from train.stop import STOPPED_EXIT_CODE, StopRequest
 
 RANK = int(os.environ["RANK"])
@@ -48,10 +50,12 @@ class Agreement:
         return bool(value.item())
 
 
-def save(run_dir: Path, step: int) -> None:
+def save(run_dir: Path, step: int, geometry: Geometry | None) -> None:
     if RANK == 0:
         directory = begin(run_dir, step)
         (directory / "checkpoint.json").write_text("{}")
+        if geometry is not None:
+            write_geometry(directory, geometry)
         commit(directory)
 
 
@@ -59,6 +63,8 @@ def count(run_dir: Path, stop: StopRequest) -> int:
     newest = newest_checkpoint(run_dir)
     step = newest[0] if newest else 0
     agreement = Agreement()
+    recipe = run_dir / "recipe.yaml"
+    geometry = recipe_geometry(load_resolved(recipe)) if recipe.exists() else None
     while step < TOY.get("steps", 5):
         step += 1
         time.sleep(TOY.get("step_seconds", 0.01))
@@ -71,10 +77,10 @@ def count(run_dir: Path, stop: StopRequest) -> int:
         if mine("segfault"):
             os.kill(os.getpid(), signal.SIGSEGV)
         if agreement.any(stop.signal_name is not None):
-            save(run_dir, step)
+            save(run_dir, step, geometry)
             time.sleep(60 if mine("hang_on_stop") else 0.3 * RANK)
             return STOPPED_EXIT_CODE
-    save(run_dir, step)
+    save(run_dir, step, geometry)
     return 0
 
 

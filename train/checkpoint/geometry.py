@@ -2,7 +2,8 @@
 
 A row is found by hashing tokens. With other primes, multipliers or token ids the same n-gram finds
 another row, and nothing would look wrong: so what the hash depends on is written down, by every key
-of the recipe, and as the numbers that follow from them.
+of the recipe, and as the numbers that follow from them. No torch: the launcher compares the keys, the
+ranks all of it.
 """
 
 import json
@@ -12,31 +13,27 @@ from pathlib import Path
 from typing import Any
 
 from train.config import RunConfig
-from train.memory_plan import MemoryGeometry
 from train.memory_rules import tables_in_host_memory
-from train.model.engram import Engram
 
 Geometry = dict[str, dict[str, Any]]
 """`recipe`: key -> value; `hash`: what follows from these and the tokenizer, name -> value."""
 
-RESHAPING = tuple(
+FRESH = "checkpoint.unfit_tables=fresh"
+"""Typed by who resumes with other tables."""
+_RESHAPING = tuple(
     f"model.engram.{key}" for key in ("layers", "ngram_orders", "num_heads", "head_dim")
 )
 """Keys that the shapes of the model's own parameters depend on, too."""
-_FILE = "geometry.json"
+_FILE = Path("engram", "geometry.json")
+"""In a checkpoint, beside the files of `parallel.engram_chain`."""
 _STORAGE = "parallel.engram.storage"
 _PLACES = {"device": "device", "host": "memory, shared or mmap"}
 """Where rows are, and what to type for it."""
 _SHOWN = 60
 
 
-def geometry_of(config: RunConfig, engrams: Mapping[int, Engram]) -> Geometry:
-    """What is known of the tables on a rank.
-
-    Args:
-        config: the recipe, which has Engram.
-        engrams: those of the rank, by layer; their hashes know the tokenizer.
-    """
+def recipe_geometry(config: RunConfig) -> Geometry:
+    """What a recipe with Engram says, without its tokenizer."""
     engram, host = config.model.engram, tables_in_host_memory(config)
     assert engram is not None, "a model without tables"
     keys = (
@@ -53,21 +50,8 @@ def geometry_of(config: RunConfig, engrams: Mapping[int, Engram]) -> Geometry:
     if host:
         recipe["parallel.engram.dtype"] = config.parallel.engram.dtype
         recipe["optim.engram_optimizer"] = config.optim.engram_optimizer
-    plain: Geometry = json.loads(json.dumps({"recipe": recipe, "hash": hash_of(engrams)}))
+    plain: Geometry = json.loads(json.dumps({"recipe": recipe, "hash": {}}))
     return plain
-
-
-def hash_of(engrams: Mapping[int, Engram]) -> dict[str, Any]:
-    """All that decides which n-gram is which row, by name, as plain values."""
-    hashed: dict[str, Any] = {}
-    if engrams:
-        found = MemoryGeometry.of(engrams)
-        hashed["compressed vocabulary of data.tokenizer, sha256"] = found.token_map_sha256
-        hashed["token of images"] = found.dead_token_id
-        for table in found.tables:
-            hashed[f"primes of layer {table.layer}"] = list(table.moduli)
-            hashed[f"multipliers of layer {table.layer}"] = list(table.multipliers)
-    return hashed
 
 
 def merge(parts: Iterable[Geometry]) -> Geometry:
@@ -79,21 +63,23 @@ def merge(parts: Iterable[Geometry]) -> Geometry:
     return whole
 
 
-def write_geometry(folder: Path, geometry: Geometry) -> None:
-    """Write it into the folder of the tables."""
-    with (folder / _FILE).open("w", encoding="utf-8") as stream:
+def write_geometry(checkpoint: Path, geometry: Geometry) -> None:
+    """Write it into a checkpoint that is not yet committed."""
+    path = checkpoint / _FILE
+    path.parent.mkdir(exist_ok=True)
+    with path.open("w", encoding="utf-8") as stream:
         json.dump(geometry, stream, indent=1, sort_keys=True)
         stream.flush()
         os.fsync(stream.fileno())
 
 
-def read_geometry(folder: Path) -> Geometry | None:
-    """Read it; None where there is none, because the checkpoint knows nothing of tables.
+def read_geometry(checkpoint: Path) -> Geometry | None:
+    """Read that of a checkpoint; None where nothing is known of tables.
 
     Raises:
         ValueError: the file is damaged.
     """
-    path = folder / _FILE
+    path = checkpoint / _FILE
     if not path.is_file():
         return None
     try:
@@ -103,16 +89,22 @@ def read_geometry(folder: Path) -> Geometry | None:
         raise ValueError(f"{path}: damaged: {error}") from error
 
 
-def differences(saved: Geometry, config: RunConfig, now: Geometry) -> dict[str, str]:
+def differences(checkpoint: Path, config: RunConfig, now: Geometry) -> dict[str, str]:
     """By key of the recipe, or by name: why rows that were saved are not those of the recipe.
 
     What follows from keys that differ is left out.
 
     Args:
-        saved: of the checkpoint.
+        checkpoint: a committed one.
         config: of today.
-        now: its geometry.
+        now: its geometry, or that of the recipe only.
+
+    Raises:
+        ValueError: what the checkpoint says is damaged.
     """
+    saved = read_geometry(checkpoint)
+    if saved is None:
+        return {"": f"{checkpoint / _FILE}: missing; the checkpoint knows of no Engram tables"}
     recipe, old = now["recipe"], saved["recipe"]
     where = old.get(_STORAGE)
     if recipe[_STORAGE] != where:
@@ -131,12 +123,34 @@ def differences(saved: Geometry, config: RunConfig, now: Geometry) -> dict[str, 
 
 
 def hash_differences(saved: Geometry, now: Mapping[str, Any]) -> dict[str, str]:
-    """Of what `hash_of` knows, by name."""
+    """Why rows are found elsewhere, by name."""
     return {
         name: f"{name}: {_show(value)}, and {_show(saved['hash'].get(name))} in the checkpoint"
         for name, value in now.items()
         if saved["hash"].get(name) != value
     }
+
+
+def refusal(found: Mapping[str, str], config: RunConfig, run_dir: Path) -> list[str]:
+    """What to tell who wants to go on with tables that differ; nothing, if fresh ones are wanted.
+
+    Args:
+        found: the differences; if there are none, nothing is told.
+        config: of today.
+        run_dir: of the run.
+    """
+    if not found:
+        return []
+    lines = list(found.values())
+    if not found.keys().isdisjoint(_RESHAPING):
+        return [*lines, "or start a new run: other parameters of the model have other shapes, too"]
+    if not tables_in_host_memory(config):
+        return [*lines, "or start a new run: tables on the device cannot start fresh in this one"]
+    if config.checkpoint.unfit_tables == "fresh":
+        return []
+    typed = [text for line in lines if "=" in (text := line.partition(": ")[0])]
+    command = " ".join(["mneme resume", str(run_dir), *typed, FRESH])
+    return [*lines, f"or keep everything else and start the tables at zero:\n  {command}"]
 
 
 def _show(value: object) -> str:

@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from parallel.engram_chain import FOLDER
 from parallel.engram_reader import TableReader, open_tables
-from train.checkpoint.geometry import hash_differences, hash_of, read_geometry
+from train.checkpoint.geometry import hash_differences, read_geometry
+from train.checkpoint.hashes import hash_of
 from train.model.engram import Engram, Lookup, memory_rows
 from train.model.tokens import Tokens
 
@@ -28,7 +28,7 @@ def read_memories(checkpoint: Path, engrams: Mapping[int, Engram]) -> None:
         ValueError: the checkpoint has no such tables, they are of another geometry, or a file is
             missing or damaged.
     """
-    saved = read_geometry(checkpoint / FOLDER)
+    saved = read_geometry(checkpoint)
     if saved is None:
         raise ValueError(f"{checkpoint}: holds no Engram tables")
     if found := hash_differences(saved, hash_of(engrams)):

@@ -10,25 +10,21 @@ from typing import cast
 
 import torch.distributed as dist
 
-from parallel.engram_chain import FOLDER
 from parallel.engram_files import TablePlace
 from parallel.engram_saves import Save, TableSaver
 from train.checkpoint.geometry import (
-    RESHAPING,
     Geometry,
     differences,
-    geometry_of,
     merge,
-    read_geometry,
+    recipe_geometry,
+    refusal,
     write_geometry,
 )
+from train.checkpoint.hashes import hash_of
 from train.config import RunConfig
 from train.memory import HostMemory
 from train.memory_rules import tables_in_host_memory
 from train.model.engram import Engram
-
-FRESH = "checkpoint.unfit_tables=fresh"
-"""To be typed by who wants that."""
 
 
 class TableCheckpoint:
@@ -54,7 +50,7 @@ class TableCheckpoint:
         ranks: int,
     ) -> None:
         self._config = config
-        own = geometry_of(config, engrams)
+        own: Geometry = recipe_geometry(config) | {"hash": hash_of(engrams)}
         parts: list[Geometry | None] = [None] * dist.get_world_size()
         dist.all_gather_object(parts, own)
         self._geometry = merge(cast("list[Geometry]", parts))
@@ -77,26 +73,10 @@ class TableCheckpoint:
             ValueError: something else than today, and the recipe does not say to start fresh tables
                 then, or these would not fit the parameters; names each difference.
         """
-        saved = read_geometry(checkpoint / FOLDER)
-        if saved is None:
-            found = {"": f"{checkpoint}: holds no Engram tables"}
-        else:
-            found = differences(saved, self._config, self._geometry)
-        if not found:
-            return
-        lines = list(found.values())
-        if not found.keys().isdisjoint(RESHAPING):
-            advice = "or start a new run: other parameters of the model have other shapes, too"
-        elif self._saver is None:
-            advice = "or start a new run: tables on the device cannot start fresh in this one"
-        elif self._config.checkpoint.unfit_tables == "fresh":
-            self.fresh_because = lines
-            return
-        else:
-            typed = [text for line in lines if "=" in (text := line.partition(": ")[0])]
-            command = " ".join(["mneme resume", str(run_dir), *typed, FRESH])
-            advice = f"or keep everything else and start the tables at zero:\n  {command}"
-        raise ValueError("\n".join([*lines, advice]))
+        found = differences(checkpoint, self._config, self._geometry)
+        if lines := refusal(found, self._config, run_dir):
+            raise ValueError("\n".join(lines))
+        self.fresh_because = list(found.values())
 
     def restore(self, checkpoint: Path) -> None:
         """Read this rank's rows of a checkpoint that was checked; nothing, for fresh tables.
@@ -114,8 +94,7 @@ class TableCheckpoint:
             RuntimeError: the tables of some rank have failed; on all ranks alike.
         """
         if dist.get_rank() == 0:
-            (directory / FOLDER).mkdir(exist_ok=True)
-            write_geometry(directory / FOLDER, self._geometry)
+            write_geometry(directory, self._geometry)
         return None if self._saver is None else self._saver.start(directory, step)
 
     def finish(self, save: Save | None) -> None:

@@ -72,6 +72,13 @@ def test_a_run_goes_on_with_changes_that_are_printed(
     out = capsys.readouterr().out
     assert f"{run_dir}: all 20 steps are done" in out
     assert f"mneme resume {run_dir} train.steps=40" in out
+    with pytest.raises(RecipeError) as caught:
+        start.resume(run_dir, ["train.steps=22", "parallel.engram.dtype=bf16"])
+    assert caught.value.problems == [
+        "parallel.engram.dtype=bf16: the checkpoint's tables have fp32; use parallel.engram.dtype=fp32",
+        "or keep everything else and start the tables at zero:\n  mneme resume runs/a "
+        "parallel.engram.dtype=bf16 checkpoint.unfit_tables=fresh",
+    ]
     toy(steps=22)
     changes = ["train.steps=22", "monitor.wandb=false", "checkpoint.every_steps=5"]
     assert start.resume(run_dir, changes) == 0

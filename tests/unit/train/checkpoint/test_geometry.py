@@ -1,5 +1,6 @@
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -9,12 +10,13 @@ from parallel.config import EngramTableConfig
 from tests.unit.train.model.tiny import FULL
 from train.checkpoint.geometry import (
     Geometry,
-    differences,
-    geometry_of,
     merge,
     read_geometry,
+    recipe_geometry,
     write_geometry,
 )
+from train.checkpoint.geometry import differences as differences_in
+from train.checkpoint.hashes import hash_of
 from train.config import RunConfig
 from train.model.config import EngramConfig
 from train.model.engram import Engram
@@ -37,8 +39,18 @@ def engrams(config: RunConfig, ids: int = 40) -> dict[int, Engram]:
     return found
 
 
+def geometry_of(config: RunConfig, engrams: dict[int, Engram]) -> Geometry:
+    return recipe_geometry(config) | {"hash": hash_of(engrams)}
+
+
 def of(config: RunConfig, ids: int = 40) -> Geometry:
     return geometry_of(config, engrams(config, ids))
+
+
+def differences(saved: Geometry, config: RunConfig, now: Geometry) -> dict[str, str]:
+    with TemporaryDirectory() as directory:
+        write_geometry(Path(directory), saved)
+        return differences_in(Path(directory), config, now)
 
 
 def test_what_was_written_is_read_and_ranks_add_up(tmp_path: Path) -> None:
@@ -51,10 +63,10 @@ def test_what_was_written_is_read_and_ranks_add_up(tmp_path: Path) -> None:
     saved = read_geometry(tmp_path)
     assert saved == whole
     assert differences(saved, config, whole) == {}
-    # A rank without memories knows the keys only.
-    assert differences(saved, config, geometry_of(config, {})) == {}
+    # The launcher knows the keys only.
+    assert differences(saved, config, recipe_geometry(config)) == {}
     assert read_geometry(tmp_path / "elsewhere") is None
-    (tmp_path / "geometry.json").write_text('{"recipe": {}}')
+    (tmp_path / "engram/geometry.json").write_text('{"recipe": {}}')
     with pytest.raises(ValueError, match=r"geometry.json: damaged: 'hash'"):
         read_geometry(tmp_path)
 
