@@ -179,6 +179,7 @@ def test_every_layout_trains_as_one_rank(case: Case) -> None:
                 )
 
 
+@pytest.mark.slow
 # megatron-core warns while it is imported.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_the_kernels_of_the_recipe_are_used_and_train_as_one_rank() -> None:

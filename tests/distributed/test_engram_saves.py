@@ -261,6 +261,7 @@ def kill_and_go_on(run_dir: Path, kills: int) -> None:
     assert chains[0][0][0] == "base"
 
 
+@pytest.mark.slow
 def test_kill_9_at_any_moment_of_saving_loses_nothing(tmp_path: Path) -> None:
     kill_and_go_on(tmp_path, 3)
 

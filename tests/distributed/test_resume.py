@@ -128,6 +128,7 @@ def test_kill_9_of_all_ranks_then_resume_is_bitwise_the_same_run(
     assert_same_run(run_dir, uninterrupted, tmp_path)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_one_step_on_all_ranks_and_resume_is_bitwise_the_same_run(
     recipe: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:

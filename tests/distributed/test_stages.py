@@ -204,6 +204,7 @@ def test_resume_in_any_stage_is_bitwise_the_same_run(
         assert same, key
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_ranks(
     tiny_corpus: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:

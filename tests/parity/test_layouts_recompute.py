@@ -11,9 +11,8 @@ from tests.parity.test_layouts import ADAMW, one_rank, recipe, train_rank
 from train.model.config import Recompute
 
 
-@pytest.mark.parametrize(
-    ("kind", "free"), [("full", True), pytest.param("streams", False, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "free"), [("full", True), ("streams", False)])
 def test_recomputation_changes_nothing(tiny_corpus: Path, kind: Recompute, free: bool) -> None:
     reference = one_rank(tiny_corpus, "mhc", ADAMW)
     config = recipe(tiny_corpus, "mhc", 2, 2, 2)

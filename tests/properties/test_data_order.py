@@ -37,7 +37,7 @@ def test_large_ranges_stay_inside_and_do_not_collide(
 
 def test_permutations_look_random() -> None:
     """Chi-square of image against position over many keys; 4.5 sigma, and the keys are fixed."""
-    size, keys = 23, 1840
+    size, keys = 23, 920
     counts = np.zeros((size, size))
     for epoch in range(keys):
         table = round_keys(7, "train/code", epoch)

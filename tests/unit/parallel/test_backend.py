@@ -76,6 +76,7 @@ def test_a_broken_vendor_package_is_a_reason_not_a_crash(
     assert reason == ("`import torch_mlu` fails: libcndrv.so: cannot open shared object file")
 
 
+@pytest.mark.slow
 def test_names_agree_with_deepspeed() -> None:
     """Device and collectives of each vendor, against the table of a project that runs on them.
 
