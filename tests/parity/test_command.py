@@ -17,16 +17,17 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
 import parallel.gradients
 import parallel.pipeline
+import parallel.torch_compat
 import train.step
 from launch.cli import main
 from launch.parity import command
 from launch.run_dir import write_status
 from launch.validate import world_size
 from parallel.backend.cpu import CpuBackend
+from parallel.backend.gather import reduce_scatter
 from parallel.expert import AllToAllDispatcher
 from parallel.sequence import SequencePart
 from tests.harness import run_distributed
@@ -77,8 +78,11 @@ def one_rank_scales_expert_rows() -> None:
 
 
 def gradients_are_averaged() -> None:
-    FSDPModule.set_gradient_divide_factor = lambda self, factor: None  # type: ignore[method-assign]
-    FSDPModule.set_force_sum_reduction_for_comms = lambda self, enable: None  # type: ignore[method-assign]
+    def averaged(part: Tensor, summand: Tensor, group: dist.ProcessGroup) -> None:
+        reduce_scatter(part, summand, group)
+        part /= group.size()
+
+    parallel.torch_compat.reduce_scatter = averaged  # type: ignore[attr-defined]
 
 
 def load_counts_stay_local() -> None:
