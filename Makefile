@@ -44,6 +44,8 @@ bench: install
 	$(BIN)/mneme bench model
 	$(BIN)/mneme bench mhc
 	$(BIN)/mneme bench attention
+	$(BIN)/mneme bench engram
+	$(BIN)/mneme bench parallel
 
 clean:
 	rm -rf runs corpus .mypy_cache .ruff_cache .pytest_cache .hypothesis
