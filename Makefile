@@ -22,8 +22,9 @@ install: .venv/installed
 	$(BIN)/python -m pip install --progress-bar off -c constraints.txt -e '.[test]'
 	touch $@
 
+# Two processes; a file's tests stay together, for they share fixtures.
 test: install
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile --timeout 120
 
 test-slow: install
 	$(BIN)/pytest -m "slow and not gpu and not npu" --timeout 300 $(TESTS)

@@ -38,7 +38,9 @@ def test_a_child_dies_with_its_parent(tmp_path: Path) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize(("launcher", "lives"), [(os.getpid(), True), (1 << 22, False)])
+@pytest.mark.parametrize(
+    ("launcher", "lives"), [(os.getpid(), True), (1 << 22, False)], ids=["lives", "gone"]
+)
 def test_a_child_whose_launcher_is_already_gone_ends_at_once(launcher: int, lives: bool) -> None:
     result = subprocess.run(
         [sys.executable, "-c", CHILD],
