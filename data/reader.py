@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data.index import CorruptShardError, ShardIndex, index_path
+from data.index import ShardIndex, index_path
 from data.shards import HOW_TO_BUILD, Manifest, ShardEntry
+from data.tars import CorruptShardError
 
 
 class SplitReader:
@@ -61,14 +62,14 @@ class SplitReader:
         """
         shard, sample = self._locate(document)
         index = self._indexes[shard]
-        member = int(index.token_member[sample])
-        size = int(index.size[member])
-        payload = os.pread(self._file(shard), size, int(index.offset[member]))
-        if len(payload) != size or zlib.crc32(payload) != index.crc32[member]:
+        size = int(index.num_tokens[sample]) * index.token_bytes
+        payload = os.pread(self._file(shard), size, int(index.token_offset[sample]))
+        expected = int(index.token_crc32[sample])
+        if len(payload) != size or zlib.crc32(payload) != expected:
             raise CorruptShardError(
                 f"source {self.source}, shard {self._tars[shard]}, key {index.key(sample)}: "
                 f"{len(payload)} bytes with CRC-32 {zlib.crc32(payload):08x}, but {size} with "
-                f"{int(index.crc32[member]):08x} were written; restore the shard from a copy, or "
+                f"{expected:08x} were written; restore the shard from a copy, or "
                 f"remove the corpus and {HOW_TO_BUILD}"
             )
         return np.frombuffer(payload, index.token_dtype)
@@ -79,7 +80,9 @@ class SplitReader:
 
     def _file(self, shard: int) -> int:
         if shard not in self._files:
-            self._files[shard] = os.open(self._tars[shard], os.O_RDONLY)
+            self._files[shard] = os.open(
+                self._indexes[shard].token_file(self._tars[shard]), os.O_RDONLY
+            )
         return self._files[shard]
 
 

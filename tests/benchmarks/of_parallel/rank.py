@@ -94,7 +94,12 @@ def make_corpus(folder: Path, vocabulary: int) -> None:
     """What a recipe must name: a manifest. No document is read."""
     (folder / "train").mkdir(parents=True)
     manifest = Manifest(
-        source="made", split="train", tokenizer_sha256="", vocab_size=vocabulary, shards=()
+        source="made",
+        split="train",
+        tokenizer_sha256="",
+        vocab_size=vocabulary,
+        media_token_id=None,
+        shards=(),
     )
     manifest.write(folder / "train")
 

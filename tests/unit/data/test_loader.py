@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from data.config import DataConfig, SourceConfig
-from data.index import CorruptShardError
 from data.loader import Batch, build_loader, fingerprint, vocab_size
 from data.prefetch import _stop
+from data.tars import CorruptShardError
 from tests.unit.data.corpora import Texts, unique_tokens, write_corpus
 
 Load = Callable[..., Iterator[tuple[Batch, dict[str, str]]]]

@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.index import CorruptShardError, index_path
+from data.index import index_path
 from data.reader import SplitReader
+from data.tars import CorruptShardError
 from tests.unit.data.corpora import Texts, unique_tokens, write_corpus
 
 

@@ -2,14 +2,16 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import webdataset
 
-from data.index import TOKEN_DTYPES
-from data.shards import Manifest, Sample, corpus_fingerprint, write_split
+from data.index import TOKEN_DTYPES, Medium, ShardIndex
+from data.shards import Manifest, Sample, SampleMedium, corpus_fingerprint, write_split
 
 TEXTS = ["plain", "caf\u00e9 \u6f22\u5b57 \U0001f600", "line\nline\n", "x" * 3000]
 
@@ -51,6 +53,87 @@ def test_stock_webdataset_yields_the_same_samples(
         np.testing.assert_array_equal(tokens, mine.tokens)
 
 
+MARKER = 2
+
+
+def picture_book() -> Sample:
+    """Text, an image, text, a clip."""
+    media = (
+        SampleMedium(extension="jpg", payload=b"image", kind="image", width=40, height=30),
+        SampleMedium(
+            extension="mp4",
+            payload=b"clip",
+            kind="video",
+            width=8,
+            height=6,
+            frames=5,
+            fps=12.5,
+            first_frame=3,
+        ),
+    )
+    parts = [{"t": "one"}, media[0].part(0), {"t": "two"}, media[1].part(1)]
+    return Sample(
+        key="book/1",
+        metadata={"v": 1, "kind": "interleaved", "seq": parts},
+        text="onetwo",
+        tokens=np.array([7, MARKER, 8, 9, MARKER, 0], np.uint16),
+        media=media,
+    )
+
+
+def write_book(folder: Path, sample: Sample, media_token_id: int | None = MARKER) -> Manifest:
+    return write_split(
+        folder,
+        [next(samples()), sample],
+        source="books",
+        split="all",
+        tokenizer_sha256="00",
+        vocab_size=16,
+        media_token_id=media_token_id,
+    )
+
+
+def test_media_are_found_through_the_index(tmp_path: Path) -> None:
+    manifest = write_book(tmp_path / "books", picture_book())
+    [entry] = manifest.shards
+    assert (manifest.split, manifest.media_token_id, entry.samples) == ("all", MARKER, 2)
+    assert (entry.images, entry.videos, entry.frames) == (1, 1, 5)
+    assert entry.pixels == 40 * 30 + 5 * 8 * 6
+    assert Manifest.read(tmp_path / "books", key="k") == manifest
+    tar = tmp_path / "books" / entry.name
+    index = ShardIndex.open(tar)
+    raw = tar.read_bytes()
+    assert [index.member_name(member) for member in index.members(1)] == [
+        f"book/1.{extension}" for extension in ("json", "m0.jpg", "m1.mp4", "txt", "u16")
+    ]
+    image, clip = index.media(1)
+    assert image == Medium(member=4, place=1, kind="image", width=40, height=30)
+    assert clip == Medium(
+        member=5, place=4, kind="video", width=8, height=6, frames=5, fps=12.5, first_frame=3
+    )
+    for medium, payload in ((image, b"image"), (clip, b"clip")):
+        offset, size = int(index.offset[medium.member]), int(index.size[medium.member])
+        assert raw[offset : offset + size] == payload
+    assert index.media(0) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"media": ()}, "must list its media"),
+        ({"metadata": {}}, "must list its media"),
+        ({"tokens": np.array([7, MARKER, 0], np.uint16)}, "1 markers among its tokens for 2 media"),
+    ],
+)
+def test_media_that_do_not_fit_are_refused(
+    tmp_path: Path, changes: dict[str, Any], problem: str
+) -> None:
+    with pytest.raises(ValueError, match=f"key book/1: .*{problem}"):
+        write_book(tmp_path / "books", replace(picture_book(), **changes))
+    with pytest.raises(ValueError, match="key book/1: has media; give"):
+        write_book(tmp_path / "other", picture_book(), media_token_id=None)
+
+
 def test_equal_samples_give_equal_bytes(tmp_path: Path) -> None:
     assert write(tmp_path / "a") == write(tmp_path / "b")
     for path in (tmp_path / "a").iterdir():
@@ -69,7 +152,7 @@ def test_manifest_errors_say_what_to_do(tmp_path: Path) -> None:
     ):
         Manifest.read(tmp_path, key="some.key")
     (tmp_path / "manifest.json").write_text(json.dumps({"version": 99}))
-    with pytest.raises(ValueError, match="not a manifest of version 1"):
+    with pytest.raises(ValueError, match="not a manifest of version 2"):
         Manifest.read(tmp_path, key="some.key")
 
 
