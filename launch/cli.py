@@ -2,7 +2,7 @@
 
 Each command is a function here that imports what it needs when it runs: `list`, `show` and
 `status` answer in a fraction of a second, without torch. Exit codes: 0 done, 2 the input is wrong
-(a message, no traceback), 85 stopped on request after saving, other: failed.
+(a message, no traceback), 85 stopped on request after saving, 86 by an alarm, other: failed.
 """
 
 import argparse

@@ -22,7 +22,7 @@ from launch.validate import world_size
 from train.checkpoint.commit import newest_checkpoint
 from train.config import RunConfig
 from train.lifetime import LAUNCHER_PID, die_with_parent
-from train.stop import STOPPED_EXIT_CODE
+from train.stop import ALARM_EXIT_CODE, STOPPED_EXIT_CODE
 
 _POLL_SECONDS = 0.05
 
@@ -92,7 +92,7 @@ def run_ranks(run_dir: Path, config: RunConfig, *, module: str = "train.run") ->
         module: what a rank runs, as `python -m MODULE RUN_DIR`.
 
     Returns:
-        0 done, 85 stopped on request after saving, 1 failed.
+        0 done, 85 stopped on request after saving, 86 the same for an alarm, 1 failed.
 
     Raises:
         RunDirError: another launcher is at work in `run_dir`.
@@ -181,6 +181,9 @@ def _verdict(runner: Runner, signals: StopSignals) -> Verdict:
     culprit = first_failure(runner.ranks())
     if culprit is not None:
         return _failed(f"{culprit.explain()}\nits log: {culprit.log}")
+    if any(rank.alarmed() for rank in runner.ranks()):
+        reason = "stopped by an alarm (see events.jsonl), checkpoint saved"
+        return Verdict(state="stopped", reason=reason, exit_code=ALARM_EXIT_CODE)
     if any(rank.stopped() for rank in runner.ranks()):
         reason = f"stopped on {signals.requested or 'request to a rank'}, checkpoint saved"
         return Verdict(state="stopped", reason=reason, exit_code=STOPPED_EXIT_CODE)

@@ -22,14 +22,14 @@ from typing import Any
 import psutil
 
 from train.lifetime import LAUNCHER_PID, adopt_orphans
-from train.stop import STOPPED_EXIT_CODE, held_until_installed
+from train.stop import ALARM_EXIT_CODE, SAVED_EXIT_CODES, held_until_installed
 
 PIDS_FILE = "pids.json"
 """Written by the runner once it has started its ranks: {rank: process id}."""
 EXIT_CODES_FILE = "exit-codes.json"
 """Written by the runner when all its ranks are gone: {rank: exit code}; negative: a signal."""
 
-_HEALTHY_CODES = (0, STOPPED_EXIT_CODE)
+_HEALTHY_CODES = (0, *SAVED_EXIT_CODES)
 _LOG_TAIL_LINES = 5
 
 
@@ -94,7 +94,11 @@ class Rank:
 
     def stopped(self) -> bool:
         """Whether it has saved and left on request."""
-        return not self.is_running() and self._files.told_exit_code() == STOPPED_EXIT_CODE
+        return not self.is_running() and self._files.told_exit_code() in SAVED_EXIT_CODES
+
+    def alarmed(self) -> bool:
+        """Whether it has saved and left for an alarm."""
+        return not self.is_running() and self._files.told_exit_code() == ALARM_EXIT_CODE
 
     def failed(self) -> bool:
         """Whether it has left in another way than done or stopped."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from launch.ranks import EXIT_CODES_FILE, PIDS_FILE, RankFiles
 from train.lifetime import LAUNCHER_PID, die_with_parent, fast_imports
-from train.stop import STOPPED_EXIT_CODE
+from train.stop import SAVED_EXIT_CODES
 
 _ALLOCATOR = ":".join(
     [
@@ -27,7 +27,7 @@ each use, and faulting them in again costs a CPU run a tenth of its speed and mo
 
 
 def main() -> int:
-    """Run the ranks to their end; returns the exit code of this node: 0, 85 or 1."""
+    """Run the ranks to their end; returns the exit code of this node: 0, 85, 86 or 1."""
     die_with_parent()
     options = _parse()
     os.environ[LAUNCHER_PID] = str(os.getpid())
@@ -45,7 +45,7 @@ def main() -> int:
     )
     codes = {rank: code or _stopped(options.logs, rank) for rank, code in seen.items()}
     _write(options.logs / EXIT_CODES_FILE, codes)
-    return max(codes.values()) if set(codes.values()) <= {0, STOPPED_EXIT_CODE} else 1
+    return max(codes.values()) if set(codes.values()) <= {0, *SAVED_EXIT_CODES} else 1
 
 
 def _parse() -> argparse.Namespace:
@@ -59,7 +59,7 @@ def _parse() -> argparse.Namespace:
 
 
 def _stopped(logs: Path, rank: int) -> int:
-    """85 for a rank that left with 0 but said that it stopped (`train.lifetime.leave`), else 0."""
+    """85 or 86 for a rank that left with 0 but said that it stopped (`train.lifetime.leave`), else 0."""
     return RankFiles(logs, rank).told_exit_code() or 0
 
 

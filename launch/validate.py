@@ -47,6 +47,7 @@ _MAY_BE_ZERO = {
     "optim.beta2",
     "train.seed",
     "evaluate.every_steps",
+    "monitor.residual_every_steps",
     "model.moe.bias_update_speed",
     "model.moe.balance_loss_weight",
     "model.mla.yarn.mscale",
@@ -103,6 +104,8 @@ def _ranges(config: RunConfig) -> Iterator[tuple[str, str]]:
     for path, value in _numbers(config):
         if not math.isfinite(value):
             yield path, f"{path}={value}: must be finite"
+        elif path.startswith("monitor.alarms.") and path.endswith((".above", ".below")):
+            continue
         elif value < 0 and path in _MAY_BE_ZERO:
             yield path, f"{path}={value}: must not be negative; use {path}=0 or more"
         elif value <= 0 and path not in _MAY_BE_ZERO:
@@ -319,6 +322,14 @@ def _sources(config: RunConfig) -> Problems:
         yield "data.sources={}: nothing to train on; use data=quickstart"
 
 
+def _alarms(config: RunConfig) -> Problems:
+    for name, rule in config.monitor.alarms.items():
+        if rule.above is None and rule.below is None:
+            yield (
+                f"monitor.alarms.{name}: has no bound; use monitor.alarms.{name}.above=5 or .below"
+            )
+
+
 def _evaluation(config: RunConfig) -> Problems:
     number, data = config.evaluate.num_sequences, _DataRanks(config)
     if config.evaluate.every_steps and number % data.size:
@@ -374,6 +385,7 @@ _RULES: list[Rule] = [
     _lanes,
     _sources,
     _evaluation,
+    _alarms,
     _schedule,
 ]
 

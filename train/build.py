@@ -2,21 +2,17 @@
 
 import os
 import platform
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from data.config import DataConfig
-from data.lanes import owned_lanes
 from data.loader import vocab_size
 from data.tokenizer import decoded_tokens
 from parallel.apply import apply_parallelism
-from parallel.backend.base import Backend
 from parallel.backend.kernels import choose_kernels
 from parallel.backend.select import select_backend
-from parallel.cross_entropy import CrossEntropy
 from parallel.deepspeed_setup import load_deepspeed
 from parallel.initialize import fill_parameters
 from parallel.layout import ParallelLayout
@@ -37,66 +33,13 @@ from train.model.initialize import fill_buffers, parameter_init
 from train.model.roles import parameter_roles
 from train.model.rules import tensor_parallel_violations
 from train.model.transformer import Transformer
+from train.monitor.registry import build_monitors
 from train.optim.build import build_optimizer
 from train.pipeline_rules import problems
 from train.rank_model import RankModel
-from train.stages import Phase, phases
+from train.training import DTYPES, Training, sum_dtype
 from train.zero import build_zero
 from train.zero_rules import problems as data_engine_problems
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
-"""By the name that a recipe uses."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Training:
-    """What a rank trains with."""
-
-    config: RunConfig
-    backend: Backend
-    device: torch.device
-    meshes: Meshes
-    model: RankModel
-    pipeline: Pipeline | None
-    """What runs the stages of the model; None without pipeline parallelism."""
-    engine: DataEngine
-    cross_entropy: CrossEntropy
-    data_rank: int
-    """This rank's index among the ranks that see different sequences."""
-    data_size: int
-    """Number of ranks that see different sequences."""
-    memory: HostMemory | None = None
-    """Engram's tables of this rank's stages in host memory; None: there are none there."""
-    tables: TableCheckpoint | None = None
-    """What checkpoints hold of Engram beside parameters; None: the model has none."""
-
-    def phase(self, step: int) -> Phase:
-        """What batches optimizer step `step` trains on."""
-        return next(phase for phase in phases(self.config) if step <= phase.last_step)
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """Type of activations and gathered parameters."""
-        return DTYPES[self.config.train.dtype]
-
-    @property
-    def loss_dtype(self) -> torch.dtype:
-        """Type of losses and gradient sums: fp32, or fp64 for fp64 runs."""
-        return torch.float64 if self.config.train.dtype == "fp64" else torch.float32
-
-    @property
-    def sum_dtype(self) -> torch.dtype:
-        """Type of sums over ranks that are reported: fp64 where the device has it."""
-        return sum_dtype(self.backend)
-
-    @property
-    def num_lanes(self) -> int:
-        """Virtual lanes of the data, the same in all phases."""
-        return self.config.data.num_lanes or self.config.train.global_batch_size
-
-    def data_lanes(self) -> list[str]:
-        """Names of the data lanes that this rank owns."""
-        return owned_lanes(self.num_lanes, self.data_rank, self.data_size)
 
 
 def build(config: RunConfig) -> Training:
@@ -157,7 +100,7 @@ def build(config: RunConfig) -> Training:
             device=device,
             dtype=DTYPES[config.train.dtype],
         )
-    return Training(
+    training = Training(
         config=config,
         backend=backend,
         device=device,
@@ -171,6 +114,8 @@ def build(config: RunConfig) -> Training:
         memory=memory,
         tables=build_table_checkpoint(config, meshes, model, memory),
     )
+    training.monitors.extend(build_monitors(training))
+    return training
 
 
 def build_table_checkpoint(
@@ -186,11 +131,6 @@ def build_table_checkpoint(
         rank=meshes.stage.get_local_rank(),
         ranks=meshes.stage.size(),
     )
-
-
-def sum_dtype(backend: Backend) -> torch.dtype:
-    """Type of sums over ranks that are reported: fp64 where the device has it."""
-    return torch.float64 if backend.capabilities.fp64 else torch.float32
 
 
 def check_compiler(model: ModelConfig, device: torch.device) -> None:

@@ -1,7 +1,7 @@
 """Schema of a whole recipe. Pure data: no torch, so that `mneme show` stays instant."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypeAlias
 
 from pydantic import ConfigDict
 
@@ -151,9 +151,30 @@ class EvaluateConfig:
     """Sequences of the held-out split, the same ones each time; a multiple of the data ranks."""
 
 
+AlarmAction: TypeAlias = Literal["log", "save", "stop"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AlarmConfig:
+    """A bound on a metric; what happens goes to events.jsonl."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    metric: str
+    """A name in metrics.jsonl."""
+    above: float | None = None
+    """Raised above this; null: no such bound."""
+    below: float | None = None
+    """Raised below this; null: no such bound."""
+    records: int = 1
+    """Records of the metric, one after the other, that must break the bound."""
+    action: AlarmAction = "log"
+    """log: only that; save: a checkpoint after the step; stop: that, and end with exit code 86."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MonitorConfig:
-    """Where the numbers go besides metrics.jsonl."""
+    """What is watched, and where the numbers go besides metrics.jsonl."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
@@ -161,6 +182,10 @@ class MonitorConfig:
     wandb: bool = True
     """Offline unless WANDB_API_KEY is set."""
     wandb_project: str = "mneme"
+    residual_every_steps: int = 10
+    """Steps between two looks at the gains of hyper-connections; 0: never."""
+    alarms: dict[str, AlarmConfig] = field(default_factory=dict)
+    """Name -> rule."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,10 +7,10 @@ import torch
 import torch.distributed as dist
 
 from data.loader import build_loader
-from train.build import Training
 from train.metrics import Record
 from train.microbatches import forward, split
 from train.step import check_batch
+from train.training import Training
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-from train.stop import STOPPED_EXIT_CODE
+from train.stop import SAVED_EXIT_CODES
 
 LAUNCHER_PID = "MNEME_LAUNCHER_PID"
 """Environment variable by which a process tells those that it starts who their parent is."""
@@ -72,7 +72,7 @@ def leave(code: int) -> NoReturn:
     told = os.environ.get(EXIT_CODE_FILE)
     if told is not None:
         Path(told).write_text(str(code), encoding="ascii")
-    os._exit(0 if told is not None and code == STOPPED_EXIT_CODE else code)
+    os._exit(0 if told is not None and code in SAVED_EXIT_CODES else code)
 
 
 @contextmanager

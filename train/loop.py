@@ -1,9 +1,9 @@
 """The training loop of one rank, top to bottom."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,15 +15,17 @@ from parallel.collectives import sum_over
 from parallel.engram_plan import StepPlan
 from parallel.traffic import take_sent
 from parallel.volume import Axis
-from train.build import Training, build
+from train.build import build
 from train.checkpoint.state import Progress, restore, save
-from train.config import RunConfig
+from train.config import AlarmAction, RunConfig
 from train.evaluate import evaluate
 from train.memory import HostMemory
 from train.metrics import MetricsLog, Record, append_event, open_sinks
+from train.monitor.alarms import Alarms
 from train.stages import Phase, phases
 from train.step import train_step
-from train.stop import STOPPED_EXIT_CODE, StopRequest
+from train.stop import ALARM_EXIT_CODE, STOPPED_EXIT_CODE, StopRequest
+from train.training import Training
 
 Item = tuple[Phase, Batch, dict[str, str]]
 """A batch, its phase, and the positions in the data after it."""
@@ -33,7 +35,8 @@ def train(config: RunConfig, run_dir: Path, stop: StopRequest) -> int:
     """Train from the newest checkpoint of `run_dir`, or from the start, to the last step.
 
     Returns:
-        The exit code of this rank: 0 done, 85 stopped on request with a checkpoint saved.
+        The exit code of this rank: 0 done, 85 stopped on request with a checkpoint saved, 86 the same
+        for an alarm.
     """
     training = build(config)
     corpus = fingerprint(config.data)
@@ -42,6 +45,7 @@ def train(config: RunConfig, run_dir: Path, stop: StopRequest) -> int:
         if training.tables:
             stack.callback(training.tables.close)
         log = open_log(training, run_dir, progress.step, stack)
+        alarms = Alarms(config.monitor.alarms)
         batches = open_batches(training, progress)
         exit_code = 0
         while progress.step < config.train.steps and exit_code == 0:
@@ -58,12 +62,14 @@ def train(config: RunConfig, run_dir: Path, stop: StopRequest) -> int:
             record |= timing(training, phase.tokens_per_step, started, fetched)
             if due(step, config.evaluate.every_steps, config.train.steps):
                 record |= evaluate(training)
-            stopping, traffic = end_step(training, stop, sent)
+            raised = alarms.check(record) if log else []
+            for alarm in raised:
+                append_event(run_dir, step=step, rank=0, event="alarm", detail=alarm.detail)
+            wishes, traffic = end_step(training, stop, [alarm.action for alarm in raised], sent)
             if log:
                 log.write({"step": step, "tokens": progress.tokens, **record, **traffic})
-            if stopping:
-                exit_code = STOPPED_EXIT_CODE
-            if exit_code or due(step, config.checkpoint.every_steps, config.train.steps):
+            exit_code = wishes.exit_code
+            if wishes.save or due(step, config.checkpoint.every_steps, config.train.steps):
                 path = save(
                     run_dir,
                     training.model,
@@ -75,8 +81,11 @@ def train(config: RunConfig, run_dir: Path, stop: StopRequest) -> int:
                     keep_last=config.checkpoint.keep_last,
                 )
                 if log:
-                    detail = f"{path.name} on {stop.signal_name}" if exit_code else path.name
+                    reason = stop.signal_name or ("an alarm" if wishes.save else None)
+                    detail = f"{path.name} on {reason}" if reason else path.name
                     append_event(run_dir, step=step, rank=0, event="checkpoint", detail=detail)
+                    for line in alarms.unseen():
+                        append_event(run_dir, step=step, rank=0, event="alarm_unseen", detail=line)
     if training.memory is not None:
         training.memory.close()
     return exit_code
@@ -203,30 +212,45 @@ def timing(training: Training, tokens: int, started: float, fetched: float) -> R
     }
 
 
+@dataclass(frozen=True)
+class Wishes:
+    """What some rank asks of all of them after a step."""
+
+    exit_code: int
+    """0: go on."""
+    save: bool
+
+
 def end_step(
-    training: Training, stop: StopRequest, sent: Mapping[Axis, float]
-) -> tuple[bool, Record]:
-    """Whether some rank was asked to stop, and the mean over ranks of the bytes that they sent.
+    training: Training,
+    stop: StopRequest,
+    actions: Sequence[AlarmAction],
+    sent: Mapping[Axis, float],
+) -> tuple[Wishes, Record]:
+    """What to do after a step, and the mean over ranks of the bytes that they sent.
 
     The same on all ranks. Axes over which nothing was sent are left out.
 
-    Communication: one all-reduce of eight numbers over the world.
+    Communication: one all-reduce of ten numbers over the world.
 
     Args:
         training: says the device.
         stop: the request to this rank, if there was one.
+        actions: of the alarms that this rank has raised.
         sent: by this rank during the step.
     """
-    numbers = [float(stop.requested), *sent.values()]
+    wishes = [stop.requested, "stop" in actions, "save" in actions]
+    numbers = [*map(float, wishes), *sent.values()]
     totals = sum_over(torch.tensor(numbers, dtype=training.sum_dtype, device=training.device))
-    requests, *all_sent = totals.tolist()
+    stopped, alarmed, saved, *all_sent = totals.tolist()
     ranks = dist.get_world_size()
     means = {
         f"comm/{axis}_bytes": total / ranks
         for axis, total in zip(sent, all_sent, strict=True)
         if total
     }
-    return requests > 0, means
+    exit_code = STOPPED_EXIT_CODE if stopped else ALARM_EXIT_CODE if alarmed else 0
+    return Wishes(exit_code, save=bool(exit_code or saved)), means
 
 
 def due(step: int, every: int, last: int) -> bool:

@@ -12,9 +12,30 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, runtime_checkable
 
+from jaxtyping import Float
+from torch import Tensor
+
 from train.config import MonitorConfig, RunConfig
 
 Record = dict[str, float | int]
+
+
+@runtime_checkable
+class Monitor(Protocol):
+    """Watches the training of this rank. All ranks have the same monitors, and call them alike."""
+
+    def start(self, step: int) -> None:
+        """Before the passes of optimizer step `step`."""
+
+    def sums(self, like: Float[Tensor, "_"]) -> Float[Tensor, "sums"]:
+        """What this rank adds to the sums over all ranks, after the passes; empty for nothing.
+
+        Args:
+            like: of the type and on the device that is wanted.
+        """
+
+    def record(self, sums: Float[Tensor, "sums"]) -> Record:
+        """Metrics of the step from the sums over all ranks."""
 
 
 @runtime_checkable

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from data.loader import Batch
 from parallel.pipeline import Compute, Tensors
-from train.build import Training
 from train.model.mtp import mtp_labels
 from train.model.streams import Handover, empty_handover
 from train.model.transformer import Transformer, TransformerOutput
+from train.training import Training
 
 
 def split(batch: Batch, size: int) -> list[Batch]:

@@ -16,15 +16,15 @@ from torch import Tensor
 from data.loader import Batch
 from parallel.collectives import largest_over, sum_over
 from parallel.gradients import clip_scale
-from train.build import Training
 from train.metrics import Record
 from train.microbatches import forward_backward, split
 from train.model.mtp import mtp_labels
 from train.model.multimodal.placeholders import check_images
-from train.monitor.engram import engram_metrics, engram_sums
 from train.monitor.indexer import indexer_metrics
+from train.monitor.registry import records, sum_with
 from train.monitor.routing import routing_metrics
 from train.optim.schedule import learning_rate, mtp_loss_weight
+from train.training import Training
 
 
 def train_step(
@@ -55,6 +55,8 @@ def train_step(
         model.set_indexer_stage(phase.indexer_stage)
     valid, tokens = count_labels(training, batch)
     set_loss_scales(training, phase.global_batch_size, tokens)
+    for monitor in training.monitors:
+        monitor.start(step)
     if training.memory is not None:
         training.memory.start(step, batch)
     sums = torch.zeros(3, dtype=training.sum_dtype, device=training.device)
@@ -62,11 +64,12 @@ def train_step(
     sums[:2] = forward_backward(training, microbatches, valid=valid, mtp_weight=mtp_weight)
     sums[2] = sum(moe.take_balance_loss() for moe in model.moe_layers())
     memory_square = reduce_memory_gradients(training, step)
-    sums = sum_over(with_engram_sums(training, sums))
+    all_sums, lengths = sum_with(training.monitors, sums)
+    sums, *watched = torch.split(sum_over(all_sums), lengths)
     if on_gradients is not None:
         on_gradients()
     gradient_norm = training.engine.clip_gradients(memory_square)
-    loss_main, loss_mtp, loss_balance = sums[:3].tolist()
+    loss_main, loss_mtp, loss_balance = sums.tolist()
     indexing = reduce_indexer_sums(training, tokens)
     loss = loss_main + mtp_weight * loss_mtp + loss_balance
     loss += indexing.get("loss_indexer", 0.0)
@@ -80,8 +83,7 @@ def train_step(
         record["loss_mtp"] = loss_mtp
     norm = gradient_norm.item()
     record |= {"loss_balance": loss_balance, "grad_norm": norm, "learning_rate": rate}
-    if config.model.engram is not None:
-        record |= engram_metrics(sums[3:])
+    record |= records(training.monitors, watched)
     return record | indexing | update_router_bias(training)
 
 
@@ -97,14 +99,6 @@ def reduce_memory_gradients(training: Training, step: int) -> float:
     if training.memory is None or training.model.is_frozen:
         return 0.0
     return training.memory.reduce(step)
-
-
-def with_engram_sums(training: Training, sums: Float[Tensor, "sums"]) -> Float[Tensor, "all_sums"]:
-    """The sums, and what Engram's metrics need, if the model has it."""
-    if training.config.model.engram is None:
-        return sums
-    stats = None if training.memory is None else training.memory.take_stats()
-    return torch.cat([sums, engram_sums(training.model.engram_layers().values(), stats, sums)])
 
 
 def update_memory(

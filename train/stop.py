@@ -12,6 +12,10 @@ from types import FrameType
 STOPPED_EXIT_CODE = 85
 """Exit code of a rank, and of the command, that saved and left on request: requeue me."""
 
+ALARM_EXIT_CODE = 86
+"""Exit code of a rank, and of the command, that saved and left for an alarm: look before you go on."""
+SAVED_EXIT_CODES = (STOPPED_EXIT_CODE, ALARM_EXIT_CODE)
+
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 

@@ -17,7 +17,6 @@ from parallel.layout import ParallelLayout
 from parallel.pipeline_order import gathers, passes
 from parallel.pipeline_stages import PipelineStages
 from parallel.volume import AXES, Axis, Sharded, gather_bytes, sum_bytes
-from train.build import DTYPES
 from train.config import RunConfig
 from train.memory_rules import tables_in_host_memory
 from train.model.streams import empty_handover
@@ -26,6 +25,7 @@ from train.model.transformer import Transformer
 from train.monitor.engram import NUM_SUMS
 from train.optim.traffic import update_traffic
 from train.stages import Phase, phases
+from train.training import DTYPES
 
 _COUNT = 8
 """Bytes of a count."""

@@ -26,7 +26,6 @@ from tests.distributed.test_pipeline_checkpoint import (
 )
 from tests.harness import run_distributed
 from tests.parity.test_engram_prefetch import recipe
-from train.build import Training
 from train.checkpoint.commit import begin, checkpoint_path, commit, newest_checkpoint
 from train.checkpoint.memories import read_memories
 from train.checkpoint.state import Progress, write_meta
@@ -34,6 +33,7 @@ from train.config import CheckpointConfig, RunConfig
 from train.evaluate import evaluate
 from train.loop import open_batches, resume
 from train.step import train_step
+from train.training import Training
 
 HOST = EngramTableConfig(storage="memory")
 FRESH = CheckpointConfig(unfit_tables="fresh")

@@ -19,12 +19,13 @@ from tests.distributed import test_huggingface
 from tests.harness import run_distributed
 from tests.parity.test_layouts import recipe
 from tests.unit.train.checkpoint.runs import exported, read_folder, read_run, same
-from train.build import Training, build
+from train.build import build
 from train.checkpoint.state import Progress, save
 from train.config import RunConfig
 from train.loop import open_batches, resume
 from train.recipe import save_resolved
 from train.step import train_step
+from train.training import Training
 
 STEP = 2
 

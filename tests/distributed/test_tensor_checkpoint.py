@@ -13,10 +13,11 @@ from parallel.backend.cpu import CpuBackend
 from parallel.config import ParallelConfig
 from tests.harness import run_distributed
 from tests.parity.test_layouts import recipe, whole
-from train.build import Training, build
+from train.build import build
 from train.checkpoint.state import Progress, restore, save
 from train.config import RunConfig
 from train.step import train_step
+from train.training import Training
 
 ONE = ParallelConfig()
 CUT = ParallelConfig(data_parallel_size=2, tensor_parallel_size=2, expert_parallel_size=2)

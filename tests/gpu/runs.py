@@ -21,7 +21,7 @@ from launch.compose import compose
 from parallel.engram_rows import RowStore
 from parallel.initialize import standard_normal
 from tests.unit.train.model.images import Document, crop, pack_documents
-from train.build import Training, build
+from train.build import build
 from train.checkpoint.state import Progress
 from train.config import RunConfig
 from train.loop import open_batches
@@ -30,6 +30,7 @@ from train.model.multimodal import encoder
 from train.model.multimodal.config import VisionConfig
 from train.model.rotary import rotary_tables
 from train.step import train_step
+from train.training import Training
 
 STEPS, SEQUENCE = 3, 128
 

@@ -31,11 +31,11 @@ from parallel.backend.gather import reduce_scatter
 from parallel.expert import AllToAllDispatcher
 from parallel.sequence import SequencePart
 from tests.harness import run_distributed
-from train.build import Training
 from train.config import RunConfig
 from train.metrics import Record
 from train.parity.run import compare
 from train.stop import StopRequest
+from train.training import Training
 
 Fault = Callable[[], None]
 

@@ -38,7 +38,7 @@ from tests.harness import run_distributed
 from tests.parity.test_layouts import recipe
 from tests.parity.test_layouts_dsa import sparse_recipe
 from tests.parity.test_layouts_hybrid import hybrid_recipe
-from train.build import Training, build, compress_memory_keys
+from train.build import build, compress_memory_keys
 from train.checkpoint.state import Progress
 from train.config import (
     CheckpointConfig,
@@ -60,6 +60,7 @@ from train.rank_model import RankModel
 from train.recipe import load_resolved, save_resolved
 from train.step import train_step
 from train.stop import StopRequest
+from train.training import Training
 
 Kind = Literal["mhc", "dsa", "hybrid"]
 STEPS = 3

@@ -23,13 +23,13 @@ from tests.parity.test_layouts_pipeline import (
     state,
     with_layers,
 )
-from train.build import Training
 from train.checkpoint.state import Progress
 from train.config import RunConfig, StageConfig
 from train.evaluate import evaluate
 from train.loop import open_batches
 from train.parity.memory import table_rows
 from train.step import train_step
+from train.training import Training
 
 LOSSES = ("loss", "loss_main", "loss_mtp", "loss_balance", "grad_norm", "validation/loss")
 HOST = EngramTableConfig(storage="memory")

@@ -14,11 +14,12 @@ from parallel.backend.cpu import CpuBackend
 from parallel.config import ParallelConfig
 from tests.harness import run_distributed
 from tests.unit.train.model.images import VISION, Document, crop, pack_documents
-from train.build import Training, build
+from train.build import build
 from train.config import OptimConfig, RunConfig, TrainConfig
 from train.model.config import EngramConfig, ModelConfig
 from train.model.moe.config import MoeConfig
 from train.step import train_step
+from train.training import Training
 
 SEES = replace(VISION, placeholder_token_id=511, rope_sections=(2, 3, 3))
 

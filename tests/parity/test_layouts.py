@@ -18,7 +18,7 @@ from parallel.backend.cpu import CpuBackend
 from parallel.config import ParallelConfig
 from tests.harness import run_distributed
 from train.build import build
-from train.config import OptimConfig, RunConfig, TrainConfig
+from train.config import MonitorConfig, OptimConfig, RunConfig, TrainConfig
 from train.evaluate import evaluate
 from train.model.config import EngramConfig, HyperConnectionConfig, ModelConfig
 from train.model.moe.config import MoeConfig
@@ -57,6 +57,7 @@ def recipe(
         ),
         optim=optim,
         train=TrainConfig(steps=STEPS, global_batch_size=8, micro_batch_size=micro, dtype="fp64"),
+        monitor=MonitorConfig(residual_every_steps=1),
     )
 
 

@@ -19,11 +19,12 @@ from parallel.layout import ParallelLayout
 from tests.harness import run_distributed
 from tests.parity import test_layouts_pipeline
 from tests.parity.test_layouts import ADAMW, MUON, STEPS, recipe, whole
-from train.build import Training, build
+from train.build import build
 from train.checkpoint.state import Progress, restore, save
 from train.config import OptimConfig, RunConfig
 from train.evaluate import evaluate
 from train.step import train_step
+from train.training import Training
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -12,11 +12,12 @@ from data.loader import Batch, build_loader
 from parallel.backend.cpu import CpuBackend
 from tests.harness import run_distributed
 from tests.parity.test_layouts import recipe, whole
-from train.build import Training, build
+from train.build import build
 from train.checkpoint.state import Progress, restore, save
 from train.config import RunConfig
 from train.model.attention.config import IndexerConfig, IndexerStage, MlaConfig, YarnConfig
 from train.step import train_step
+from train.training import Training
 
 STAGES: tuple[IndexerStage, ...] = ("dense", "dense_warmup", "dense_warmup", "sparse", "sparse")
 LOSSES = ("loss", "loss_main", "loss_mtp", "loss_balance", "grad_norm")

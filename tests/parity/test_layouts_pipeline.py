@@ -19,7 +19,7 @@ from tests.parity import test_image_layouts
 from tests.parity.test_layouts import ADAMW, MUON, recipe, whole
 from tests.parity.test_layouts_dsa import STAGES, sparse_recipe
 from tests.parity.test_layouts_hybrid import hybrid_recipe
-from train.build import Training, build
+from train.build import build
 from train.checkpoint.state import Progress
 from train.config import BatchSizeRampConfig, OptimConfig, RunConfig, StageConfig
 from train.evaluate import evaluate
@@ -27,6 +27,7 @@ from train.loop import batch_shape, open_batches
 from train.model.config import Recompute
 from train.pipeline_rules import problems
 from train.step import train_step
+from train.training import Training
 
 TENSORS = ("parameters", "bias")
 

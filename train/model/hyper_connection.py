@@ -42,8 +42,8 @@ class Maps(NamedTuple):
 class _Site(nn.Module):
     """What HC and mHC share: maps of widths (n, n, n^2), weight alpha and bias of each.
 
-    Set `capture` to keep the residual maps of the latest forward pass in `residual_map`, for
-    monitors; they are views of tensors that exist anyway.
+    While `capture` is set, the latest forward pass leaves the residual maps of its last sequence
+    for a monitor: see `take_captured`.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -55,7 +55,7 @@ class _Site(nn.Module):
         self.alpha = nn.Parameter(torch.empty(3))
         self.bias = nn.Parameter(torch.empty(sum(self.widths)))
         self.capture = False
-        self.residual_map: Float[Tensor, "batch seq streams streams"] | None = None
+        self._captured: tuple[Tensor, Tensor] | None = None
 
     def maps(
         self,
@@ -67,8 +67,17 @@ class _Site(nn.Module):
     ) -> Maps:
         """Hand the maps to `write`, and to a monitor if there is one."""
         if self.capture:
-            self.residual_map = res.detach()
+            streams = x.detach()[-1].to(res.dtype)
+            self._captured = res.detach()[-1].clone(), streams.square().mean(dim=(1, 2))
         return Maps(x, post, res, next_read, segment)
+
+    def take_captured(
+        self,
+    ) -> tuple[Float[Tensor, "seq streams streams"], Float[Tensor, "seq"]]:
+        """Residual maps of the captured sequence, and mean square of the streams that were read."""
+        assert self._captured is not None, "capture was not set in the last forward pass"
+        captured, self._captured = self._captured, None
+        return captured
 
     def write(self, output: Float[Tensor, "batch seq hidden"], maps: Maps) -> Streams:
         """`H_res x + H_post^T output`."""

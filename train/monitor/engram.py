@@ -1,14 +1,11 @@
 """What the memory does and what its tables cost."""
 
-from collections.abc import Iterable
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from parallel.engram_service import ServiceStats
 from train.metrics import Record
-from train.model.engram import Engram
+from train.training import Training
 
 _COSTS = (
     "fetch_seconds",
@@ -20,30 +17,43 @@ _COSTS = (
     "late_rows",
 )
 NUM_SUMS = 2 + 1 + len(_COSTS)
+"""What `EngramMonitor` adds to the sums over ranks."""
 
 
-def engram_sums(
-    engrams: Iterable[Engram], stats: ServiceStats | None, like: Float[Tensor, "_"]
-) -> Float[Tensor, "sums"]:
-    """This rank's summands of the metrics of a step: they travel with the losses.
+def build_monitor(training: Training) -> "EngramMonitor | None":
+    """The monitor, if the model has a memory."""
+    return None if training.config.model.engram is None else EngramMonitor(training)
 
-    Args:
-        engrams: the memories of this rank's stages; the sums of their gates start over.
-        stats: what tables in host memory cost this rank; None: it has none there.
-        like: of the type and on the device that is wanted.
-    """
-    gates = sum((engram.take_gates().to(like) for engram in engrams), start=like.new_zeros(2))
-    costs = [0.0] * (1 + len(_COSTS))
-    if stats is not None:
-        costs = [1.0, *(float(getattr(stats, name)) for name in _COSTS)]
-    return torch.cat([gates, like.new_tensor(costs)])
+
+class EngramMonitor:
+    """Gates and costs of every step."""
+
+    def __init__(self, training: Training) -> None:
+        self._training = training
+
+    def start(self, step: int) -> None:
+        """Nothing: the layers count by themselves."""
+
+    def sums(self, like: Float[Tensor, "_"]) -> Float[Tensor, "sums"]:
+        """Gates of this rank's memories, which start over, and what their tables cost here."""
+        engrams, memory = self._training.model.engram_layers().values(), self._training.memory
+        gates = sum((engram.take_gates().to(like) for engram in engrams), start=like.new_zeros(2))
+        costs = [0.0] * (1 + len(_COSTS))
+        if memory is not None:
+            stats = memory.take_stats()
+            costs = [1.0, *(float(getattr(stats, name)) for name in _COSTS)]
+        return torch.cat([gates, like.new_tensor(costs)])
+
+    def record(self, sums: Float[Tensor, "sums"]) -> Record:
+        """See `engram_metrics`."""
+        return engram_metrics(sums)
 
 
 def engram_metrics(sums: Float[Tensor, "sums"]) -> Record:
     """Averages of one optimizer step.
 
     Args:
-        sums: of `engram_sums` over all ranks.
+        sums: of `EngramMonitor` over all ranks.
 
     Returns:
         `engram/gate_mean` over tokens, streams and layers. Of tables in host memory also, as means

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from parallel.engram_rows import RowStore
-from train.build import Training
+from train.training import Training
 
 
 def table_gradients(training: Training) -> dict[str, Tensor]:

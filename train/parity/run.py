@@ -14,7 +14,7 @@ from pathlib import Path
 import torch.distributed as dist
 from torch import Tensor
 
-from train.build import Training, build
+from train.build import build
 from train.checkpoint.state import Progress
 from train.config import RunConfig
 from train.lifetime import leave
@@ -28,6 +28,7 @@ from train.run import run_rank
 from train.stages import Phase
 from train.step import train_step
 from train.stop import STOPPED_EXIT_CODE, StopRequest
+from train.training import Training
 
 
 def compare(config: RunConfig, run_dir: Path, stop: StopRequest) -> int:

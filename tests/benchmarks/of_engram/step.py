@@ -18,9 +18,10 @@ from data.loader import Batch
 from launch.compose import compose
 from parallel.engram_plan import StepPlan, plan_step
 from parallel.engram_rows import RowStore
-from train.build import Training, build
+from train.build import build
 from train.config import RunConfig
 from train.step import train_step
+from train.training import Training
 
 SEQUENCES, LENGTH = 4, 512
 DISTINCT_PER_HEAD = 1024

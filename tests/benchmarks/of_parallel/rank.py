@@ -23,13 +23,14 @@ from data.loader import Batch
 from data.shards import Manifest
 from parallel.config import ParallelConfig
 from parallel.pipeline import _Stage
-from train.build import Training, build
+from train.build import build
 from train.config import OptimConfig, RunConfig, TrainConfig
 from train.microbatches import _crossing, split
 from train.model.attention.config import MlaConfig
 from train.model.config import ModelConfig
 from train.model.moe.config import MoeConfig
 from train.step import train_step
+from train.training import Training
 
 
 @dataclass(frozen=True, kw_only=True)

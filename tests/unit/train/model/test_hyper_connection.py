@@ -171,17 +171,19 @@ def test_bf16_streams_keep_their_type_with_fp32_maps(kind: str) -> None:
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in site.parameters())
 
 
-@pytest.mark.parametrize("capture", [False, True])
-def test_capture_keeps_the_residual_maps(capture: bool) -> None:
+def test_a_monitor_gets_the_maps_of_the_last_sequence() -> None:
     site = random_site(of_kind("mhc"))
-    site.capture = capture
-    _, maps = site(random_streams("mhc", 2, 4))
-    if capture:
-        assert site.residual_map is not None
-        assert torch.equal(site.residual_map, maps.res)
-        assert not site.residual_map.requires_grad
-    else:
-        assert site.residual_map is None
+    streams = random_streams("mhc", 2, 4)
+    site.capture = True
+    _, maps = site(streams)
+    captured, square = site.take_captured()
+    assert torch.equal(captured, maps.res[-1])
+    assert not captured.requires_grad
+    torch.testing.assert_close(square, streams.x[-1].square().mean(dim=(1, 2)))
+    site.capture = False
+    site(streams)
+    with pytest.raises(AssertionError, match="capture was not set"):
+        site.take_captured()
 
 
 def test_engram_adds_before_the_shifted_read() -> None:
