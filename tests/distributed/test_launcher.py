@@ -160,6 +160,18 @@ def test_a_signal_saves_and_the_next_attempt_goes_on(
     assert (again.run_dir / "logs/attempt-2/rank-1.log").exists()
 
 
+def test_an_alarm_that_stops_is_not_a_request_to_be_started_again(
+    launch: Callable[..., Launcher],
+) -> None:
+    launcher = launch(steps=10**6, alarm_at=3)
+    code, output = launcher.finish()
+    assert code == 86, output
+    assert launcher.status["state"] == "stopped"
+    assert "alarm" in launcher.status["reason"]
+    assert launcher.exit_codes == {"0": 86, "1": 86}
+    assert launcher.status["last_checkpoint"] == "checkpoints/step-00000003"
+
+
 def test_a_signal_before_the_ranks_listen_is_kept_for_them(
     launch: Callable[..., Launcher],
 ) -> None:

@@ -18,7 +18,7 @@ from train.checkpoint.commit import begin, commit, newest_checkpoint
 from train.checkpoint.geometry import Geometry, recipe_geometry, write_geometry
 from train.lifetime import die_with_parent, leave
 from train.recipe import load_resolved
-from train.stop import STOPPED_EXIT_CODE, StopRequest
+from train.stop import ALARM_EXIT_CODE, STOPPED_EXIT_CODE, StopRequest
 
 RANK = int(os.environ["RANK"])
 TOY: dict[str, Any] = json.loads(os.environ.get("TOY", "{}"))
@@ -76,6 +76,9 @@ def count(run_dir: Path, stop: StopRequest) -> int:
             raise ValueError("the toy broke")
         if mine("segfault"):
             os.kill(os.getpid(), signal.SIGSEGV)
+        if step == TOY.get("alarm_at"):
+            save(run_dir, step, geometry)
+            return ALARM_EXIT_CODE
         if agreement.any(stop.signal_name is not None):
             save(run_dir, step, geometry)
             time.sleep(60 if mine("hang_on_stop") else 0.3 * RANK)
