@@ -7,9 +7,11 @@ few integers; what all lanes agree on is kept once (`data.resume`).
 """
 
 import json
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import NamedTuple
 
 from data.config import DataConfig, SourceConfig
 from data.content import Content, Documents, Piece
@@ -79,6 +81,15 @@ class Stream:
         )
 
 
+class Progress(NamedTuple):
+    """Where all lanes stand, for they advance together."""
+
+    tokens: int
+    """Of the whole run, before the next sequence."""
+    era: int
+    """Whose weights held in the last sequence."""
+
+
 class Lane:
     """One of the V streams: draws documents, cuts them into sequences, carries the rest over.
 
@@ -87,36 +98,31 @@ class Lane:
     share of a source is used up goes on with the other sources.
     """
 
-    def __init__(self, stream: Stream, index: int, state: str | None = None) -> None:
-        """Start lane `index` of `stream`, or continue after `state`."""
+    def __init__(
+        self, stream: Stream, index: int, state: str | None = None, at: Progress | None = None
+    ) -> None:
+        """Start lane `index` of `stream`, or continue after `state` from where the run stood."""
         self.index = index
         self._stream = stream
         self._pack = PACKERS[stream.config.packing]
         self._depth = 1 if stream.config.packing == "concat_split" else stream.config.lookahead
         self._faults: list[Fault] = []
-        self._tokens = self._era = self._skipped = 0
+        self._progress = at or Progress(0, 0)
+        self._skipped = 0
         self._cursors = [0] * len(stream.names)
         self._credit: list[int] = []
         self._held: list[Held] = []
         if state is None:
             self._start_mixture()
         else:
-            self._tokens, self._era, self._skipped, self._credit, self._cursors, held = json.loads(
-                state
-            )
+            self._skipped, self._credit, self._cursors, held = json.loads(state)
             self._weights = self._weights_left()
             self._held = [self._hold(*one) for one in held]
 
     @property
-    def tokens(self) -> int:
-        """Tokens of the whole run before the lane's next sequence, for all lanes advance together."""
-        return self._tokens * self._stream.num_lanes
-
-    @staticmethod
-    def tokens_of(state: str) -> int:
-        """Tokens of the lane alone that a saved state counts."""
-        tokens: int = json.loads(state)[0]
-        return tokens
+    def progress(self) -> Progress:
+        """The same for all lanes after a batch."""
+        return self._progress
 
     def next_sequence(self) -> list[Piece]:
         """Pieces whose lengths sum to sequence_length, or less where no document fits what is left.
@@ -143,17 +149,18 @@ class Lane:
                 del self._held[number]
         if not pieces:
             self._refuse_empty(full)
-        self._tokens += full
+        tokens = self._progress.tokens + full * self._stream.num_lanes
+        self._progress = Progress(tokens, self._progress.era)
         return pieces
 
     def state(self) -> str:
         """JSON from which another process continues after the last sequence.
 
-        A list: tokens of the lane, its era, documents skipped, credit and cursor of every source,
-        and [source, document, next token] of what was drawn and not given in full.
+        A list: documents skipped, credit and cursor of every source, and [source, document, next
+        token] of what was drawn and not given in full.
         """
         held = [(one.source, one.document, one.start) for one in self._held]
-        state = (self._tokens, self._era, self._skipped, self._credit, self._cursors, held)
+        state = (self._skipped, self._credit, self._cursors, held)
         return json.dumps(state, separators=(",", ":"))
 
     def take_faults(self) -> list[Fault]:
@@ -162,12 +169,10 @@ class Lane:
         return faults
 
     def _enter_era(self) -> None:
-        eras = self._stream.eras
-        era = self._era
-        while era + 1 < len(eras) and eras[era + 1][0] <= self.tokens:
-            era += 1
-        if era != self._era:
-            self._era = era
+        eras, (tokens, era) = self._stream.eras, self._progress
+        now = bisect_right(eras, tokens, key=lambda one: one[0]) - 1
+        if now != era:
+            self._progress = Progress(tokens, now)
             self._start_mixture()
 
     def _start_mixture(self) -> None:
@@ -180,7 +185,7 @@ class Lane:
             self._credit = [0] * len(self._weights)
 
     def _weights_left(self) -> list[int]:
-        weights = list(self._stream.eras[self._era][1])
+        weights = list(self._stream.eras[self._progress.era][1])
         for source in range(len(weights)):
             if self._used_up(source):
                 weights[source] = 0
@@ -248,7 +253,7 @@ class Lane:
             if source.epochs is not None
         )
         raise NoDocumentsLeftError(
-            f"{limits}: lane {self.index} has no document left after {self.tokens} tokens of the "
+            f"{limits}: lane {self.index} has no document left after {self._progress.tokens} tokens of the "
             "run; use more epochs (null: no end), more documents, or end the run before with "
             "train.steps"
         )

@@ -6,15 +6,16 @@ run may change it.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from data.lanes import Lane, Stream
+from data.lanes import Lane, Progress, Stream
 
 ORDER = "order"
 """Key of the common item."""
-_ORDER_VERSION = 2
+_VERSION = 2
+_SCHEDULE = "data.weight_schedule"
 _SOURCE_KEYS = ("weight", "epochs", "max_documents", "held_out")
 _DATA_KEYS = ("packing", "lookahead", "block_documents", "window_blocks")
 
@@ -35,12 +36,16 @@ def owned_items(num_lanes: int, data_rank: int, data_size: int) -> list[str]:
     return [ORDER, *map(lane_name, lane_range(num_lanes, data_rank, data_size))]
 
 
-def save_lanes(stream: Stream, lanes: Iterable[Lane]) -> dict[str, str]:
-    """The state of some lanes of a stream, JSON by key."""
-    return {ORDER: json.dumps(_order(stream))} | {lane_name(v.index): v.state() for v in lanes}
+def save_lanes(stream: Stream, lanes: Sequence[Lane]) -> dict[str, str]:
+    """The state of some lanes of a stream after a batch, JSON by key."""
+    [progress] = {lane.progress for lane in lanes}
+    common = {"version": _VERSION, "progress": progress, "order": _order(stream)}
+    return {ORDER: json.dumps(common)} | {lane_name(lane.index): lane.state() for lane in lanes}
 
 
-def open_lanes(stream: Stream, indices: Iterable[int], state: Mapping[str, str] | None) -> list[Lane]:
+def open_lanes(
+    stream: Stream, indices: Iterable[int], state: Mapping[str, str] | None
+) -> list[Lane]:
     """Lanes at their beginning, or where `state` left them.
 
     Raises:
@@ -48,26 +53,28 @@ def open_lanes(stream: Stream, indices: Iterable[int], state: Mapping[str, str] 
     """
     if state is None:
         return [Lane(stream, index) for index in indices]
-    missing = [key for key in (ORDER, *map(lane_name, indices)) if key not in state]
+    names = {index: lane_name(index) for index in indices}
+    missing = [key for key in (ORDER, *names.values()) if key not in state]
     if missing:
         raise ValueError(
             f"{missing[0]}: the saved data position has {len(state)} items and not this one; keep "
             "data.num_lanes (null: train.global_batch_size) as it was"
         )
-    saved, now = json.loads(state[ORDER]), json.loads(json.dumps(_order(stream)))
-    _check_order(saved, now)
-    items = {index: state[lane_name(index)] for index in indices}
-    for item in items.values():
-        tokens = Lane.tokens_of(item) * stream.num_lanes
-        _check_schedule(saved["weight_schedule"], now["weight_schedule"], tokens)
-    return [Lane(stream, index, item) for index, item in items.items()]
+    common = json.loads(state[ORDER])
+    if common.get("version") != _VERSION:
+        raise ValueError(
+            f"the saved data position has version {common.get('version')}, and this is {_VERSION}; "
+            "go on with the version that saved it, or start a new run"
+        )
+    progress = Progress(*common["progress"])
+    _check_order(common["order"], json.loads(json.dumps(_order(stream))), progress.tokens)
+    return [Lane(stream, index, state[name], progress) for index, name in names.items()]
 
 
 def _order(stream: Stream) -> dict[str, Any]:
     """What the order is a function of, by the keys of a recipe as far as there is one."""
     config = stream.config
     return {
-        "version": _ORDER_VERSION,
         "train.seed": stream.seed,
         "data.num_lanes": stream.num_lanes,
         **{
@@ -77,17 +84,12 @@ def _order(stream: Stream) -> dict[str, Any]:
         },
         **{f"data.{key}": getattr(config, key) for key in _DATA_KEYS},
         **stream.lengths,
-        "weight_schedule": [asdict(change) for change in config.weight_schedule],
+        _SCHEDULE: [asdict(change) for change in config.weight_schedule],
     }
 
 
-def _check_order(saved: dict[str, Any], now: dict[str, Any]) -> None:
-    if saved.get("version") != _ORDER_VERSION:
-        raise ValueError(
-            f"the saved data position has version {saved.get('version')}, and this is "
-            f"{_ORDER_VERSION}; go on with the version that saved it, or start a new run"
-        )
-    keys = sorted((saved.keys() | now.keys()) - {"weight_schedule"})
+def _check_order(saved: dict[str, Any], now: dict[str, Any], tokens: int) -> None:
+    keys = sorted((saved.keys() | now.keys()) - {_SCHEDULE})
     absent = "nothing"
     changed = [
         f"{key}={json.dumps(now[key]) if key in now else absent}: the saved data position has "
@@ -99,8 +101,9 @@ def _check_order(saved: dict[str, Any], now: dict[str, Any]) -> None:
         raise ValueError(
             "\n".join(changed) + "\nThe position belongs to another order of the data; keep the "
             "values as they were, or start a new run (weights may change by data.weight_schedule, "
-            "from the tokens already trained on)"
+            f"from tokens={tokens} on)"
         )
+    _check_schedule(saved[_SCHEDULE], now[_SCHEDULE], tokens)
 
 
 def _check_schedule(saved: list[Any], now: list[Any], tokens: int) -> None:

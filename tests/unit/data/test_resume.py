@@ -118,14 +118,14 @@ def test_state_is_small_late_in_a_large_run() -> None:
     of = make_stream(documents, weights=weights, num_lanes=1024, sequence_length=4096)
     tokens = 15 * 10**12
     state = save_lanes(of, open_lanes(of, range(1024), None))
+    state["order"] = json.dumps(json.loads(state["order"]) | {"progress": [tokens, 0]})
     for index, key in enumerate(owned_items(1024, 0, 1)[1:]):
         lane = json.loads(state[key])
-        lane[0] = tokens // 1024
-        lane[4] = [lane[0] // 4500 * weight // 1000 + index for weight in weights.values()]
+        lane[2] = [tokens // 1024 // 6500 * weight // 1000 + index for weight in weights.values()]
         state[key] = json.dumps(lane, separators=(",", ":"))
     lanes = open_lanes(of, range(1024), state)
     for lane in lanes:
         lane.next_sequence()
     after = save_lanes(of, lanes)
-    assert all(json.loads(after[key])[5] for key in owned_items(1024, 0, 1)[1:])
+    assert all(json.loads(after[key])[3] for key in owned_items(1024, 0, 1)[1:])
     assert len(json.dumps(after)) < 100_000
