@@ -9,7 +9,7 @@ few integers; what all lanes agree on is kept once (`data.resume`).
 import json
 from bisect import bisect_right
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -50,18 +50,21 @@ class Stream:
 
     @cached_property
     def eras(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
-        """From how many tokens of the run on which weights hold, in the order of `names`."""
-        weights = {name: self.config.sources[name].weight for name in self.names}
-        eras = [(0, tuple(weights.values()))]
-        for change in self.config.weight_schedule:
+        """From how many tokens of the run on which weights hold, in the order of `names`.
+
+        Evaluation has those of the start.
+        """
+        weights = {name: source.weight for name, source in self.config.sources.items()}
+        eras = [(0, tuple(weights[name] for name in self.names))]
+        for change in self.config.weight_schedule if self.split == "train" else ():
             weights |= change.weights
-            eras.append((change.tokens, tuple(weights.values())))
+            eras.append((change.tokens, tuple(weights[name] for name in self.names)))
         return tuple(eras)
 
     def draws(self, source: int, lane: int) -> int | None:
-        """How often a lane draws from a source in all; None: without end."""
+        """How often a lane draws from a source in all; None: without end, as in evaluation."""
         epochs = self.sources[source].epochs
-        if epochs is None:
+        if epochs is None or self.split != "train":
             return None
         total = len(self.documents[self.names[source]]) * epochs
         return max(0, -(-(total - lane) // self.num_lanes))
@@ -257,9 +260,3 @@ class Lane:
             "run; use more epochs (null: no end), more documents, or end the run before with "
             "train.steps"
         )
-
-
-def without_schedule(config: DataConfig) -> DataConfig:
-    """For evaluation: no limits of epochs, and the first weights throughout."""
-    sources = {name: replace(source, epochs=None) for name, source in config.sources.items()}
-    return replace(config, sources=sources, weight_schedule=())

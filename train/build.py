@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 
 from data.config import DataConfig
-from data.lanes import owned_lanes
-from data.loader import vocab_size
+from data.resume import owned_items
+from data.sources import supply_problem, vocab_size
 from data.tokenizer import decoded_tokens
 from parallel.apply import apply_parallelism
 from parallel.backend.base import Backend
@@ -95,8 +95,8 @@ class Training:
         return self.config.data.num_lanes or self.config.train.global_batch_size
 
     def data_lanes(self) -> list[str]:
-        """Names of the data lanes that this rank owns."""
-        return owned_lanes(self.num_lanes, self.data_rank, self.data_size)
+        """Keys of the positions in the data that this rank saves and restores."""
+        return owned_items(self.num_lanes, self.data_rank, self.data_size)
 
 
 def build(config: RunConfig) -> Training:
@@ -107,8 +107,8 @@ def build(config: RunConfig) -> Training:
 
     Raises:
         ValueError: the recipe does not fit the number of ranks that were started, the layout not the
-            model, the recipe not the data engine, the model's vocabulary not the corpus, or the
-            model's compiled parts or a kernel not this machine.
+            model, the recipe not the data engine, the model's vocabulary or the epochs not the corpus,
+            or the model's compiled parts or a kernel not this machine.
         RuntimeError: a backend, kernel or data engine of the recipe cannot be used here.
     """
     if (tokens := vocab_size(config.data)) > config.model.vocab_size:
@@ -116,6 +116,9 @@ def build(config: RunConfig) -> Training:
             f"model.vocab_size={config.model.vocab_size}: the corpus has {tokens} token ids; use "
             f"model.vocab_size={tokens}"
         )
+    tokens = sum(phase.tokens_per_step * len(phase.steps) for phase in phases(config))
+    if problem := supply_problem(config.data, tokens):
+        raise ValueError(problem)
     backend = select_backend(config.parallel.backend)
     layout = ParallelLayout.from_config(config.parallel)
     world_size = int(os.environ["WORLD_SIZE"])
