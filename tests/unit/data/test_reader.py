@@ -1,6 +1,7 @@
 """Random access: right documents across shards, and every damaged byte is reported."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,16 @@ def open_code(tmp_path: Path, **faults: Any) -> SplitReader:
 
 
 @pytest.fixture(params=["", "file://", "memory://"])
-def place(request: pytest.FixtureRequest, tmp_path: Path, texts: Texts) -> str:
+def place(request: pytest.FixtureRequest, tmp_path: Path, texts: Texts) -> Iterator[str]:
     """The corpus as a path, as a URL of a folder, and in fsspec's memory."""
     folder = f"{tmp_path}/code"
     if request.param == "memory://":
         memory = fsspec.filesystem("memory")
         memory.put(f"{folder}/", folder, recursive=True)
-        request.addfinalizer(lambda: memory.rm(folder, recursive=True))
-    return f"{request.param}{folder}"
+        yield f"memory://{folder}"
+        memory.rm(folder, recursive=True)
+    else:
+        yield f"{request.param}{folder}"
 
 
 def test_documents_across_shards(place: str, texts: Texts) -> None:
