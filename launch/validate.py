@@ -64,7 +64,12 @@ _MAY_BE_ZERO_NAMED = re.compile(
     r"data\.(sources\.[^.]+\.weight|weight_schedule\[\d+\]\.weights\..+)"
 )
 """Paths of the same kind that hold a name."""
-_AT_MOST_ONE = ("data.faults.max_skipped_fraction", "optim.final_fraction", "optim.decay_fraction", "optim.decay_end")
+_AT_MOST_ONE = (
+    "data.faults.max_skipped_fraction",
+    "optim.final_fraction",
+    "optim.decay_fraction",
+    "optim.decay_end",
+)
 
 
 def validate(

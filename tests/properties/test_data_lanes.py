@@ -25,7 +25,9 @@ def fake_documents(draw: st.DrawFn, sequence_length: int, damage: bool = True) -
     """Documents with spans that fit into a sequence, some of them damaged."""
     lengths, spans = [], []
     for _ in range(draw(st.integers(1, 12))):
-        gaps = draw(st.lists(st.tuples(st.integers(0, 9), st.integers(1, sequence_length)), max_size=3))
+        gaps = draw(
+            st.lists(st.tuples(st.integers(0, 9), st.integers(1, sequence_length)), max_size=3)
+        )
         at, found = 0, []
         for gap, size in gaps:
             found.append((at + gap, at + gap + size))
@@ -208,7 +210,10 @@ def test_concatenation_wastes_only_what_a_picture_would_not_fit(
 
 
 @settings(deadline=None, max_examples=30)
-@given(options=streams(damage=False, packing="concat_split", lookahead=8), index=st.integers(0, _LANES - 1))
+@given(
+    options=streams(damage=False, packing="concat_split", lookahead=8),
+    index=st.integers(0, _LANES - 1),
+)
 def test_draws_are_within_one_of_the_weights_between_changes(
     options: dict[str, Any], index: int
 ) -> None:
@@ -268,9 +273,7 @@ def test_draw_k_of_a_lane_is_draw_k_times_lanes_plus_its_number(
 
 @settings(deadline=None, max_examples=15)
 @given(options=streams(damage=False), data=st.data())
-def test_damage_in_one_lane_changes_no_other(
-    options: dict[str, Any], data: st.DataObject
-) -> None:
+def test_damage_in_one_lane_changes_no_other(options: dict[str, Any], data: st.DataObject) -> None:
     stream = build(options)
     whole = [step.sequences for step in run(stream, 1, 8, None)[0]]
     victim = data.draw(st.integers(0, _LANES - 1))

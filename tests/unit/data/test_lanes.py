@@ -62,7 +62,9 @@ def test_a_picture_is_not_cut() -> None:
 
 def test_a_picture_longer_than_a_sequence_is_refused() -> None:
     lane = Lane(make_stream({"a": FakeDocuments([12], [[(0, 11)]])}, sequence_length=10), 0)
-    with pytest.raises(ValueError, match=r"data\.sequence_length=10: document 0 of source a has an"):
+    with pytest.raises(
+        ValueError, match=r"data\.sequence_length=10: document 0 of source a has an"
+    ):
         lane.next_sequence()
 
 

@@ -52,7 +52,10 @@ def batches(config: DataConfig) -> tuple[list[list[list[int]]], list[dict[str, s
 
 def find(config: DataConfig, step: int, sample: int | None = None, **options: Any) -> list[Place]:
     return locate(
-        config, **{"seed": 5, "num_lanes": 4, "shapes": _SHAPES, **options}, step=step, sample=sample
+        config,
+        **{"seed": 5, "num_lanes": 4, "shapes": _SHAPES, **options},
+        step=step,
+        sample=sample,
     )
 
 

@@ -111,7 +111,8 @@ def test_exchanged_shard_is_reported(tmp_path: Path, texts: Texts) -> None:
     index_path(second).rename(index_path(first))
     second.write_bytes(b"")
     with pytest.raises(
-        CorruptShardError, match=r"shard-000000.tar.widx lists \d+ samples in \d+ bytes, but the man"
+        CorruptShardError,
+        match=r"shard-000000.tar.widx lists \d+ samples in \d+ bytes, but the man",
     ):
         open_code(tmp_path)
 

@@ -56,9 +56,7 @@ def test_another_order_is_refused(changes: dict[str, object], problem: str) -> N
 
 def test_what_is_no_part_of_the_order_may_change() -> None:
     state = saved(stream())
-    [lane] = open_lanes(
-        stream(sequence_length=7, faults=FaultConfig(damaged="skip")), [1], state
-    )
+    [lane] = open_lanes(stream(sequence_length=7, faults=FaultConfig(damaged="skip")), [1], state)
     assert sum(stop - start for *_, start, stop in places(lane.next_sequence())) == 7
 
 
@@ -68,7 +66,9 @@ def test_another_version_and_missing_items_are_refused() -> None:
     with pytest.raises(ValueError, match="has version 1, and this is 2"):
         open_lanes(stream(), [0], other)
     del state["lane/000002"]
-    with pytest.raises(ValueError, match="lane/000002: the saved data position has 4 items and not"):
+    with pytest.raises(
+        ValueError, match="lane/000002: the saved data position has 4 items and not"
+    ):
         open_lanes(stream(), [1, 2], state)
 
 
@@ -77,7 +77,8 @@ _PAST = (50, {"code": 3})
 
 
 @pytest.mark.parametrize(
-    "schedule", [(_PAST,), (_PAST, (120, {"code": 0})), (_PAST, (130, {"docs": 9}), (140, {"docs": 1}))]
+    "schedule",
+    [(_PAST,), (_PAST, (120, {"code": 0})), (_PAST, (130, {"docs": 9}), (140, {"docs": 1}))],
 )
 def test_changes_to_come_may_be_others(schedule: tuple[tuple[int, dict[str, int]], ...]) -> None:
     state = saved(stream(schedule=[_PAST, (500, {"docs": 2})]))

@@ -47,9 +47,7 @@ def test_values_that_do_not_fit(config: DataConfig, expected: list[str]) -> None
         (((5, {"a": 0}),), [r"data\.weight_schedule\[0\]\.weights: leaves no source"]),
     ],
 )
-def test_schedules(
-    changes: tuple[tuple[int, dict[str, int]], ...], expected: list[str]
-) -> None:
+def test_schedules(changes: tuple[tuple[int, dict[str, int]], ...], expected: list[str]) -> None:
     schedule = tuple(WeightChange(tokens=t, weights=weights) for t, weights in changes)
     found = list(problems(DataConfig(sources=sources(a=1, b=0), weight_schedule=schedule)))
     assert len(found) == len(expected), found

@@ -85,7 +85,8 @@ def test_a_read_that_always_fails_says_so(
     storage = folder(file, url)
     failing = failing_reads(monkeypatch, url, [OSError(errno.EIO, "broken")], forever=True)
     with pytest.raises(
-        UnreadableError, match=r"/a: 3 attempts to read it failed, the last with OSError: .*broken; lo"
+        UnreadableError,
+        match=r"/a: 3 attempts to read it failed, the last with OSError: .*broken; lo",
     ):
         storage.read("a", 2, 3)
     assert failing.calls == 3
