@@ -129,7 +129,7 @@ def fingerprint(config: DataConfig) -> str:
         for split, folder in _splits(source.path, config.faults).items():
             read_manifest(folder, key)
             digest.update(f"{name}/{split} ".encode())
-            digest.update(hashlib.sha256(folder.view(MANIFEST_NAME)).hexdigest().encode())
+            digest.update(hashlib.sha256(folder.view(MANIFEST_NAME).tobytes()).hexdigest().encode())
     return digest.hexdigest()
 
 

@@ -41,7 +41,7 @@ def fake_documents(draw: st.DrawFn, sequence_length: int, damage: bool = True) -
 
 @st.composite
 def streams(
-    draw: st.DrawFn, *, epochs: bool = False, damage: bool = True, **fixed: Any
+    draw: st.DrawFn, /, *, epochs: bool = False, damage: bool = True, **fixed: Any
 ) -> dict[str, Any]:
     """Arguments of `make_stream`: everything that the order may depend on.
 

@@ -1,6 +1,6 @@
 """Documents that exist only as numbers, for tests of what lanes do with them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import count
 
 import numpy as np
@@ -45,7 +45,7 @@ class FakeDocuments:
 
 
 def make_stream(
-    documents: dict[str, FakeDocuments],
+    documents: Mapping[str, FakeDocuments],
     *,
     weights: dict[str, int] | None = None,
     epochs: dict[str, int] | None = None,
