@@ -13,15 +13,19 @@ class SourceConfig:
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     path: str
-    """Folder that `mneme data build` wrote."""
+    """Folder or URL that `mneme data build` or `mneme data index` wrote."""
     weight: int = 1
-    """Share of the draws; documents are drawn in the exact ratio of the weights."""
+    """Share of the draws; documents are drawn in the exact ratio of the weights. 0: none, until
+    `weight_schedule` says otherwise."""
     epochs: int | None = None
-    """How often each document may come at most; then the other sources share its draws. null: no end."""
+    """How often each document may come at most; then the other sources share its draws, in each lane
+    when its own share is used up. null: no end."""
     max_documents: int | None = None
-    """Train on this many documents, chosen by a hash of the seed; null: all."""
+    """Train on this many documents, the same ones for every seed, and more of them include fewer.
+    They lie anywhere in the shards, so `block_documents` finds no neighbours. null: all."""
     held_out: float | None = None
-    """Share of the documents kept for validation, for sources that were built without splits."""
+    """Share of the documents kept for validation, the same ones for every seed, for sources that were
+    built without splits."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,7 +35,7 @@ class WeightChange:
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     tokens: int
-    """Trained on, over all sources and ranks."""
+    """Positions in sequences, over all ranks. Counts from the first sequence after so many."""
     weights: dict[str, int] = field(default_factory=dict)
     """Name of the source -> weight; 0 stops drawing from it. Sources not named keep theirs."""
 
@@ -45,7 +49,7 @@ class FaultConfig:
     damaged: Literal["raise", "skip"] = "raise"
     """A sample that is cut short, fails its checksum, cannot be decoded, or whose shard is gone."""
     max_skipped_fraction: float = 0.001
-    """skip: the most that a lane may leave out of its draws, beyond its first one."""
+    """skip: the most that a lane may leave out of its draws, beyond one."""
     read_attempts: int = 5
     """How often a read is tried that fails for another reason (network, file system)."""
     retry_seconds: float = 0.5
@@ -91,13 +95,16 @@ class DataConfig:
     text, none is padding. best_fit: of `lookahead` documents the largest that still fits; documents
     are cut only where they are longer than a sequence."""
     lookahead: int = 8
-    """best_fit: documents that a lane has to choose from."""
+    """best_fit: documents that a lane has to choose from, 2 or more."""
     block_documents: int = 1
-    """Neighbours in a shard that are read together, for storage that is slow at random; 1: any order."""
+    """Neighbours in a shard that stay in one neighbourhood, for storage that is slow at random;
+    1: documents are drawn from everywhere."""
     window_blocks: int = 64
-    """Blocks among which documents are shuffled."""
+    """Blocks that make a neighbourhood: among them documents are shuffled, and all lanes draw from
+    about the same one."""
     weight_schedule: tuple[WeightChange, ...] = ()
-    """Changes of the sources' weights, by tokens trained on."""
+    """Changes of the sources' weights, by tokens trained on. A run that goes on may have other changes
+    from there on."""
     faults: FaultConfig = field(default_factory=FaultConfig)
     """Damaged samples and failing reads."""
     image: ImageConfig = field(default_factory=ImageConfig)

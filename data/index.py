@@ -147,39 +147,31 @@ class ShardIndex:
         ]
 
     @staticmethod
-    def open(tar: Path) -> "ShardIndex":
-        """Memory-map the index of `tar`; constant time.
+    def parse(raw: NDArray[np.uint8], place: object) -> "ShardIndex":
+        """View the bytes of an index; constant time.
+
+        Args:
+            raw: all of the file.
+            place: names the file in errors.
 
         Raises:
-            CorruptShardError: the tar, the index or the token file has another size than when they
-                were written, or the index is of another version.
-            FileNotFoundError: one of them is missing.
+            CorruptShardError: it is of another version, or has another size than when it was written.
         """
-        path = index_path(tar)
-        with path.open("rb") as file:
-            header = file.read(_HEADER.size)
+        header = raw[: _HEADER.size].tobytes()
         if header[: len(_MAGIC_1)] == _MAGIC_1:
-            raise CorruptShardError(f"{path}: index of version 1, not 2; {_REMEDY}")
+            raise CorruptShardError(f"{place}: index of version 1, not 2; {_REMEDY}")
         if len(header) < _HEADER.size or header[: len(_MAGIC)] != _MAGIC:
-            raise CorruptShardError(f"{path}: not a shard index of version 2; {_REMEDY}")
+            raise CorruptShardError(f"{place}: not a shard index of version 2; {_REMEDY}")
         _, tar_bytes, beside, tokens_file_bytes, token_bytes, *counts = _HEADER.unpack(header)
-        layout = _layout(*counts)
-        expected = [
-            (path, _HEADER.size + sum(np.dtype(t).itemsize * n for _, t, n in layout)),
-            (tar, tar_bytes),
-            *([(tokens_path(tar), tokens_file_bytes)] if beside else []),
-        ]
-        for file_path, size in expected:
-            if file_path.stat().st_size != size:
-                raise CorruptShardError(
-                    f"{file_path}: {file_path.stat().st_size} bytes, but {size} were written"
-                )
-        raw = np.memmap(path, np.uint8, "r", _HEADER.size)
         arrays: dict[str, NDArray[Any]] = {}
-        start = 0
-        for name, dtype, length in layout:
+        start = _HEADER.size
+        for name, dtype, length in _layout(*counts):
             stop = start + np.dtype(dtype).itemsize * length
-            arrays[name], start = raw[start:stop].view(dtype), stop
+            if stop <= len(raw):
+                arrays[name] = raw[start:stop].view(dtype)
+            start = stop
+        if start != len(raw):
+            raise CorruptShardError(f"{place}: {len(raw)} bytes, but {start} were written")
         return ShardIndex(
             tar_bytes=tar_bytes,
             tokens_beside=bool(beside),
@@ -187,6 +179,32 @@ class ShardIndex:
             token_bytes=token_bytes,
             **arrays,
         )
+
+    @staticmethod
+    def open(tar: Path) -> "ShardIndex":
+        """Memory-map the index of `tar`.
+
+        Raises:
+            CorruptShardError: the tar, the index or the token file has another size than when they
+                were written, or the index is of another version.
+            FileNotFoundError: one of them is missing.
+        """
+        path = index_path(tar)
+        if not path.stat().st_size:  # cannot be mapped
+            raise CorruptShardError(f"{path}: not a shard index of version 2; {_REMEDY}")
+        index = ShardIndex.parse(np.memmap(path, np.uint8, "r"), path)
+        for name, size in index.file_bytes(tar.name).items():
+            found = tar.with_name(name).stat().st_size
+            if found != size:
+                raise CorruptShardError(
+                    f"{tar.with_name(name)}: {found} bytes, but {size} were written"
+                )
+        return index
+
+    def file_bytes(self, tar: str) -> dict[str, int]:
+        """Names and sizes of the files that the index describes, of which `tar` is the first."""
+        beside = {tar + TOKENS_SUFFIX: self.tokens_file_bytes} if self.tokens_beside else {}
+        return {tar: self.tar_bytes} | beside
 
     def write(self, tar: Path) -> None:
         """Write the sidecar of `tar`, whole or not at all."""

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Int64
-from numpy.typing import NDArray
 from torch import Tensor
 
+from data.content import Piece
 from data.vision import VisionInput
 
 IGNORED_LABEL = -100
@@ -31,31 +31,24 @@ class Batch:
     """What the placeholders among `input_ids` stand for; None for text."""
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Tokens start..stop (exclusive) of a document, of which all tokens are at hand."""
-
-    tokens: NDArray[np.unsignedinteger]
-    start: int
-    stop: int
-
-
 def pack(sequences: Sequence[Sequence[Piece]], sequence_length: int) -> Batch:
-    """Lay the pieces of each sequence one after another; their lengths sum to sequence_length."""
+    """Lay the pieces of each sequence one after another, and fill up with padding."""
     shape = (len(sequences), sequence_length)
     input_ids, labels, position_ids, document_ids = (np.empty(shape, np.int64) for _ in range(4))
     for row, pieces in enumerate(sequences):
         start = 0
         for document, piece in enumerate(pieces):
             stop = start + piece.stop - piece.start
-            input_ids[row, start:stop] = piece.tokens[piece.start : piece.stop]
-            targets = piece.tokens[piece.start + 1 : piece.stop + 1]
+            input_ids[row, start:stop] = piece.content.tokens[piece.start : piece.stop]
+            targets = piece.content.tokens[piece.start + 1 : piece.stop + 1]
             labels[row, start : start + len(targets)] = targets
             labels[row, start + len(targets) : stop] = IGNORED_LABEL
             position_ids[row, start:stop] = np.arange(stop - start)
             document_ids[row, start:stop] = document
             start = stop
-        assert start == sequence_length, (row, start, sequence_length)
+        input_ids[row, start:], labels[row, start:] = 0, IGNORED_LABEL
+        position_ids[row, start:] = np.arange(sequence_length - start)
+        document_ids[row, start:] = len(pieces)
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         labels=torch.from_numpy(labels),

@@ -1,102 +1,206 @@
 """Reads documents of one split of one source at random, and checks every byte.
 
-`data.loader` opens one per source on every rank; `data.lanes` asks it for lengths. Opening
-memory-maps the indexes and reads no document. The payload is read with a positional read, not
-through a memory map of the tar, for a file that shrinks under a map kills the process.
+`data.sources` opens one per source on every rank; `data.lanes` asks it for lengths. Opening views the
+indexes and lists the folder; it reads no document.
 """
 
-import os
 import zlib
 from bisect import bisect_right
+from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data.index import ShardIndex, index_path
-from data.shards import HOW_TO_BUILD, Manifest, ShardEntry
+from data.config import FaultConfig
+from data.content import Content
+from data.faults import Cause, DamagedSampleError, Fault
+from data.index import INDEX_SUFFIX, TOKENS_SUFFIX, Medium, ShardIndex
+from data.shards import HOW_TO_BUILD, MANIFEST_NAME, WITHOUT_SPLITS, Manifest, ShardEntry
+from data.storage import Folder, inside, open_folder
 from data.tars import CorruptShardError
+
+_REMEDY = (
+    f"restore the shard from a copy, or remove the corpus and {HOW_TO_BUILD}; to train without what "
+    "is damaged, use data.faults.damaged=skip"
+)
 
 
 class SplitReader:
-    """The documents of a split, numbered through its shards in the order of the manifest."""
+    """The documents of a split, numbered through its shards in the order of the manifest.
 
-    def __init__(self, folder: Path, *, source: str, split: str) -> None:
-        """Open the shards of `folder`/`split`.
+    A `data.content.Documents` of text; `data.pictures` makes one of documents with media from it.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        source: str,
+        split: str,
+        faults: FaultConfig | None = None,
+    ) -> None:
+        """Open the shards of `folder`/`split`, or of `folder` for the split "all".
+
+        With `faults.damaged=skip` shards may be missing or have another size than was written; their
+        indexes must be whole all the same, for they say what is lost.
+
+        Args:
+            folder: path or URL of the source.
+            source: its name.
+            split: train, validation or all.
+            faults: what to do about damage; None: the defaults.
 
         Raises:
-            ValueError: the folder, the manifest or a shard is missing.
+            ValueError: the folder, the manifest, an index or a shard is missing.
             CorruptShardError: a shard or its index differs from the manifest.
+            UnreadableError: the storage fails.
         """
         self.source = source
-        key = f"data.sources.{source}.path={folder}"
-        self.manifest = Manifest.read(folder / split, key=key)
-        self._tars = [folder / split / shard.name for shard in self.manifest.shards]
-        self._indexes = [
-            _open_index(tar, shard, key)
-            for tar, shard in zip(self._tars, self.manifest.shards, strict=True)
-        ]
+        faults = faults or FaultConfig()
+        place = str(folder) if split == WITHOUT_SPLITS else inside(str(folder), split)
+        self._folder = open_folder(place, faults)
+        self._key = f"data.sources.{source}.path={folder}"
+        self._sizes = self._folder.sizes()
+        self.manifest = read_manifest(self._folder, self._key)
+        self._shards = [shard.name for shard in self.manifest.shards]
+        self._indexes = [self._open_index(shard) for shard in self.manifest.shards]
+        if faults.damaged == "raise":
+            for name, index in zip(self._shards, self._indexes, strict=True):
+                self._refuse_damaged(name, index)
         self._starts = list(accumulate(map(len, self._indexes), initial=0))
-        self._files: dict[int, int] = {}
-
-    def __del__(self) -> None:
-        """Close the shards that were read from."""
-        for file in getattr(self, "_files", {}).values():
-            os.close(file)
 
     def __len__(self) -> int:
         """Number of documents."""
         return self._starts[-1]
 
     def num_tokens(self, document: int) -> int:
-        """Length of a document in tokens, from the index alone."""
+        """Length of a document in stored tokens, from the index alone."""
         shard, sample = self._locate(document)
         return int(self._indexes[shard].num_tokens[sample])
 
-    def tokens(self, document: int) -> NDArray[np.unsignedinteger]:
-        """Token ids of a document, its end-of-document id included; shape [num_tokens].
+    def spans(self, document: int) -> Sequence[tuple[int, int]]:
+        """Nothing of text must stay whole."""
+        return ()
+
+    def media(self, document: int) -> list[Medium]:
+        """Images and clips of a document, in order, from the index alone."""
+        shard, sample = self._locate(document)
+        return self._indexes[shard].media(sample)
+
+    def read(self, document: int) -> Content:
+        """The stored tokens of a document.
 
         Raises:
-            CorruptShardError: the bytes are not those that were written.
+            DamagedSampleError: they are not what was written.
+            UnreadableError: the storage fails.
+        """
+        return Content(self.stored_tokens(document))
+
+    def stored_tokens(self, document: int) -> NDArray[np.unsignedinteger]:
+        """Token ids of a document, markers of media and end of document included; [num_tokens].
+
+        Raises:
+            DamagedSampleError: they are not what was written.
+            UnreadableError: the storage fails.
         """
         shard, sample = self._locate(document)
+        index, name = self._indexes[shard], self._shards[shard]
+        raw = self._checked(
+            document,
+            name + TOKENS_SUFFIX if index.tokens_beside else name,
+            start=int(index.token_offset[sample]),
+            size=int(index.num_tokens[sample]) * index.token_bytes,
+            crc32=int(index.token_crc32[sample]),
+        )
+        return np.frombuffer(raw, index.token_dtype)
+
+    def payload(self, document: int, member: int) -> bytes:
+        """A member of a document, such as an image, numbered as in `Medium.member`.
+
+        Raises:
+            DamagedSampleError: it is not what was written.
+            UnreadableError: the storage fails.
+        """
+        shard, _ = self._locate(document)
         index = self._indexes[shard]
-        size = int(index.num_tokens[sample]) * index.token_bytes
-        payload = os.pread(self._file(shard), size, int(index.token_offset[sample]))
-        expected = int(index.token_crc32[sample])
-        if len(payload) != size or zlib.crc32(payload) != expected:
-            raise CorruptShardError(
-                f"source {self.source}, shard {self._tars[shard]}, key {index.key(sample)}: "
-                f"{len(payload)} bytes with CRC-32 {zlib.crc32(payload):08x}, but {size} with "
-                f"{expected:08x} were written; restore the shard from a copy, or "
-                f"remove the corpus and {HOW_TO_BUILD}"
-            )
-        return np.frombuffer(payload, index.token_dtype)
+        return self._checked(
+            document,
+            self._shards[shard],
+            start=int(index.offset[member]),
+            size=int(index.size[member]),
+            crc32=int(index.crc32[member]),
+        )
+
+    def place(self, document: int) -> tuple[str, str]:
+        """Shard and key of a document."""
+        shard, sample = self._locate(document)
+        return self._folder.where(self._shards[shard]), self._indexes[shard].key(sample)
+
+    def fault(self, document: int, cause: Cause, detail: str) -> Fault:
+        """What is wrong with a document, with its place."""
+        return Fault(self.source, *self.place(document), cause, detail)
 
     def _locate(self, document: int) -> tuple[int, int]:
         shard = bisect_right(self._starts, document) - 1
         return shard, document - self._starts[shard]
 
-    def _file(self, shard: int) -> int:
-        if shard not in self._files:
-            self._files[shard] = os.open(
-                self._indexes[shard].token_file(self._tars[shard]), os.O_RDONLY
-            )
-        return self._files[shard]
+    def _checked(self, document: int, name: str, *, start: int, size: int, crc32: int) -> bytes:
+        try:
+            raw = self._folder.read(name, start, size)
+        except FileNotFoundError:
+            detail = f"{self._folder.where(name)} is gone"
+            raise self._damaged(document, "missing shard", detail) from None
+        if len(raw) != size:
+            raise self._damaged(document, "truncated", f"{len(raw)} of {size} bytes")
+        if (found := zlib.crc32(raw)) != crc32:
+            detail = f"CRC-32 {found:08x}, but {crc32:08x} was written"
+            raise self._damaged(document, "checksum", detail)
+        return raw
 
+    def _damaged(self, document: int, cause: Cause, detail: str) -> DamagedSampleError:
+        return DamagedSampleError(self.fault(document, cause, detail), _REMEDY)
 
-def _open_index(tar: Path, shard: ShardEntry, key: str) -> ShardIndex:
-    for path in (tar, index_path(tar)):
-        if not path.is_file():
-            raise ValueError(
-                f"{key}: the manifest lists {path.absolute()}, which is missing; restore it from a "
-                f"copy, or remove the corpus and {HOW_TO_BUILD}"
+    def _open_index(self, shard: ShardEntry) -> ShardIndex:
+        name = shard.name + INDEX_SUFFIX
+        if name not in self._sizes:
+            raise self._missing(name)
+        index = ShardIndex.parse(self._folder.view(name), self._folder.where(name))
+        if (len(index), index.tar_bytes) != (shard.samples, shard.bytes):
+            raise CorruptShardError(
+                f"{self._key}: {self._folder.where(name)} lists {len(index)} samples in "
+                f"{index.tar_bytes} bytes, but the manifest {shard.samples} in {shard.bytes}; "
+                "restore the shard and its index from a copy"
             )
-    index = ShardIndex.open(tar)
-    if (len(index), index.tar_bytes) != (shard.samples, shard.bytes):
-        raise CorruptShardError(
-            f"{key}: {tar} has {len(index)} samples in {index.tar_bytes} bytes, but the manifest "
-            f"lists {shard.samples} in {shard.bytes}; restore the shard and its index from a copy"
+        return index
+
+    def _refuse_damaged(self, shard: str, index: ShardIndex) -> None:
+        for name, size in index.file_bytes(shard).items():
+            if name not in self._sizes:
+                raise self._missing(name)
+            if self._sizes[name] != size:
+                raise CorruptShardError(
+                    f"{self._key}: {self._folder.where(name)} has {self._sizes[name]} bytes, but "
+                    f"{size} were written; {_REMEDY}"
+                )
+
+    def _missing(self, name: str) -> ValueError:
+        return ValueError(
+            f"{self._key}: the manifest lists {self._folder.where(name)}, which is missing; {_REMEDY}"
         )
-    return index
+
+
+def read_manifest(folder: Folder, key: str) -> Manifest:
+    """The manifest in a folder; `key` is the config path that errors name.
+
+    Raises:
+        ValueError: there is none, or of another version.
+        UnreadableError: the storage fails.
+    """
+    where = folder.where(MANIFEST_NAME)
+    try:
+        text = folder.view(MANIFEST_NAME).tobytes()
+    except FileNotFoundError:
+        raise ValueError(f"{key}: there is no {where}; {HOW_TO_BUILD}") from None
+    return Manifest.parse(text, where=where, key=key)

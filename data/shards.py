@@ -143,10 +143,19 @@ class Manifest:
         path = folder / MANIFEST_NAME
         if not path.is_file():
             raise ValueError(f"{key}: there is no {path.absolute()}; {HOW_TO_BUILD}")
-        fields = json.loads(path.read_text())
+        return Manifest.parse(path.read_bytes(), where=str(path.absolute()), key=key)
+
+    @staticmethod
+    def parse(text: bytes, *, where: str, key: str) -> "Manifest":
+        """The manifest whose file holds `text`; `where` and `key` name it in errors.
+
+        Raises:
+            ValueError: it is of another version.
+        """
+        fields = json.loads(text)
         if fields.pop("version", None) != _MANIFEST_VERSION:
             raise ValueError(
-                f"{key}: {path.absolute()} is not a manifest of version {_MANIFEST_VERSION}; "
+                f"{key}: {where} is not a manifest of version {_MANIFEST_VERSION}; "
                 f"remove the corpus and {HOW_TO_BUILD}"
             )
         shards = tuple(ShardEntry(**shard) for shard in fields.pop("shards"))

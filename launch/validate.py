@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from data.rules import problems as data_problems
 from launch.schema import without
 from parallel.layout import ParallelLayout
 from parallel.runs import length_problem
@@ -60,7 +61,16 @@ _MAY_BE_ZERO = {
 }
 
 _BELOW_ONE = ("optim.beta1", "optim.beta2", "optim.momentum")
-_AT_MOST_ONE = ("optim.final_fraction", "optim.decay_fraction", "optim.decay_end")
+_MAY_BE_ZERO_NAMED = re.compile(
+    r"data\.(sources\.[^.]+\.weight|weight_schedule\[\d+\]\.weights\..+)"
+)
+"""Paths of the same kind that hold a name."""
+_AT_MOST_ONE = (
+    "data.faults.max_skipped_fraction",
+    "optim.final_fraction",
+    "optim.decay_fraction",
+    "optim.decay_end",
+)
 
 
 def validate(
@@ -106,15 +116,19 @@ def _ranges(config: RunConfig) -> Iterator[tuple[str, str]]:
             yield path, f"{path}={value}: must be finite"
         elif path.startswith("monitor.alarms.") and path.endswith((".above", ".below")):
             continue
-        elif value < 0 and path in _MAY_BE_ZERO:
+        elif value < 0 and _may_be_zero(path):
             yield path, f"{path}={value}: must not be negative; use {path}=0 or more"
-        elif value <= 0 and path not in _MAY_BE_ZERO:
+        elif value <= 0 and not _may_be_zero(path):
             example = f"use {path}=1 or more" if isinstance(value, int) else "use more than 0"
             yield path, f"{path}={value}: must be positive; {example}"
         elif path in _BELOW_ONE and value >= 1:
             yield path, f"{path}={value}: must be below 1; for example {path}=0.9"
         elif path in _AT_MOST_ONE and value > 1:
             yield path, f"{path}={value}: is a fraction; use a value from 0 to 1"
+
+
+def _may_be_zero(path: str) -> bool:
+    return path in _MAY_BE_ZERO or _MAY_BE_ZERO_NAMED.fullmatch(path) is not None
 
 
 def _numbers(node: object, prefix: str = "") -> Iterator[tuple[str, int | float]]:
@@ -330,6 +344,10 @@ def _alarms(config: RunConfig) -> Problems:
             )
 
 
+def _data(config: RunConfig) -> Problems:
+    yield from data_problems(config.data)
+
+
 def _evaluation(config: RunConfig) -> Problems:
     number, data = config.evaluate.num_sequences, _DataRanks(config)
     if config.evaluate.every_steps and number % data.size:
@@ -384,6 +402,7 @@ _RULES: list[Rule] = [
     _ramp,
     _lanes,
     _sources,
+    _data,
     _evaluation,
     _alarms,
     _schedule,

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from data.config import DataConfig
-from data.loader import vocab_size
+from data.sources import supply_problem, vocab_size
 from data.tokenizer import decoded_tokens
 from parallel.apply import apply_parallelism
 from parallel.backend.kernels import choose_kernels
@@ -50,8 +50,8 @@ def build(config: RunConfig) -> Training:
 
     Raises:
         ValueError: the recipe does not fit the number of ranks that were started, the layout not the
-            model, the recipe not the data engine, the model's vocabulary not the corpus, or the
-            model's compiled parts or a kernel not this machine.
+            model, the recipe not the data engine, the model's vocabulary or the epochs not the corpus,
+            or the model's compiled parts or a kernel not this machine.
         RuntimeError: a backend, kernel or data engine of the recipe cannot be used here.
     """
     if (tokens := vocab_size(config.data)) > config.model.vocab_size:
@@ -59,6 +59,9 @@ def build(config: RunConfig) -> Training:
             f"model.vocab_size={config.model.vocab_size}: the corpus has {tokens} token ids; use "
             f"model.vocab_size={tokens}"
         )
+    tokens = sum(phase.tokens_per_step * len(phase.steps) for phase in phases(config))
+    if problem := supply_problem(config.data, tokens):
+        raise ValueError(problem)
     backend = select_backend(config.parallel.backend)
     layout = ParallelLayout.from_config(config.parallel)
     world_size = int(os.environ["WORLD_SIZE"])

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from data.lanes import NoDocumentsLeftError
 from data.loader import Batch, build_loader, fingerprint
 from data.prefetch import prefetch
 from parallel.collectives import sum_over
@@ -178,8 +179,11 @@ def _planned_batches(
             state=data_state,
         )
         ahead = prefetch(_with_plans(training.memory, loader), config.data.prefetch_batches)
-        for _ in steps:
-            batch, data_state, plan = next(ahead)
+        for step in steps:
+            try:
+                batch, data_state, plan = next(ahead)
+            except NoDocumentsLeftError as error:
+                raise NoDocumentsLeftError(f"step {step}: {error}") from error
             yield (phase, batch, data_state), plan
         del ahead  # ends its thread, and what it prepared ahead is prepared again
 

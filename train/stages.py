@@ -29,6 +29,11 @@ class Phase:
     """None: no stage of the run says one, and the model's stays."""
 
     @property
+    def steps(self) -> range:
+        """Its optimizer steps."""
+        return range(self.first_step, self.last_step + 1)
+
+    @property
     def tokens_per_step(self) -> int:
         """Tokens of a global batch."""
         return self.global_batch_size * self.sequence_length

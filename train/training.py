@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from data.lanes import owned_lanes
+from data.resume import owned_items
 from parallel.backend.base import Backend
 from parallel.cross_entropy import CrossEntropy
 from parallel.mesh import Meshes
@@ -70,8 +70,8 @@ class Training:
         return self.config.data.num_lanes or self.config.train.global_batch_size
 
     def data_lanes(self) -> list[str]:
-        """Names of the data lanes that this rank owns."""
-        return owned_lanes(self.num_lanes, self.data_rank, self.data_size)
+        """Keys of the positions in the data that this rank saves and restores."""
+        return owned_items(self.num_lanes, self.data_rank, self.data_size)
 
 
 def sum_dtype(backend: Backend) -> torch.dtype:

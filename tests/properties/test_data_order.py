@@ -2,12 +2,22 @@
 
 from collections import Counter
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.order import credit_after, draw_source, permute, round_keys
+from data.order import (
+    credit_after,
+    draw_source,
+    permute,
+    permute_blocks,
+    round_keys,
+    skip_held_out,
+    unpermute,
+)
 
 weight_lists = st.lists(st.integers(1, 50), min_size=1, max_size=8)
 
@@ -33,6 +43,58 @@ def test_large_ranges_stay_inside_and_do_not_collide(
     images = {permute(i, size, round_keys(seed, "s", 0)) for i in positions}
     assert len(images) == len(positions)
     assert all(0 <= image < size for image in images)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    size=st.integers(1, 600),
+    block=st.integers(1, 70),
+    window=st.integers(1, 9),
+    epoch=st.integers(0, 2**40),
+)
+def test_blocks_are_permuted_and_shuffled_in_windows(
+    size: int, block: int, window: int, epoch: int
+) -> None:
+    """Against the definition: lists of blocks, joined by windows."""
+    name: dict[str, Any] = {"seed": 5, "stream": "train/code", "epoch": epoch}
+    images = [permute_blocks(i, size, **name, block=block, window=window) for i in range(size)]
+    assert sorted(images) == list(range(size))
+    keys = round_keys(5, "train/code", epoch)
+    if block == 1:
+        assert images == [permute(i, size, keys) for i in range(size)]
+        return
+    blocks = [range(start, min(size, start + block)) for start in range(0, size, block)]
+    order = [blocks[permute(slot, len(blocks), keys)] for slot in range(len(blocks))]
+    start = 0
+    for first in range(0, len(order), window):
+        inside = [document for one in order[first : first + window] for document in one]
+        assert sorted(images[start : start + len(inside)]) == sorted(inside)
+        start += len(inside)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_every_size_to_ten_thousand_is_a_bijection() -> None:
+    keys = round_keys(3, "train/code", 0)
+    for size in range(1, 10_001):
+        seen = bytearray(size)
+        for position in range(size):
+            seen[permute(position, size, keys)] = 1
+        assert all(seen), size
+
+
+@settings(deadline=None, max_examples=30)
+@given(size=st.integers(2, 300), data=st.data())
+def test_held_out_elements_are_left_out_and_the_others_nearly_stay(
+    size: int, data: st.DataObject
+) -> None:
+    held = data.draw(st.integers(0, size - 1))
+    keys = round_keys(0, "held out", 0)
+    out = {permute(i, size, keys) for i in range(held)}
+    assert [unpermute(permute(i, size, keys), size, keys) for i in range(size)] == [*range(size)]
+    kept = [skip_held_out(i, size, held, keys) for i in range(size - held)]
+    assert sorted(kept) == sorted(set(range(size)) - out)
+    assert all(element == i for i, element in enumerate(kept) if i not in out)
 
 
 def test_permutations_look_random() -> None:

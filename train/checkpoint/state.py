@@ -3,6 +3,7 @@
     model.<name>            parameters (sharded; DCP reshards them when the layout changes)
     optim.<key>.<name>      state of its optimizer: exp_avg, exp_avg_sq and step, or momentum_buffer
     buffer.<name>           persistent buffers, such as the router's load-balancing bias
+    data.order              what the order of the data is a function of, as JSON, and its progress
     data.lane/<number>      the position of each virtual lane of the data, as JSON
     rng.<rank>              random-number state of each rank's device
 
@@ -38,7 +39,7 @@ from train.checkpoint.tables import TableCheckpoint
 from train.engine import DataEngine
 from train.rank_model import RankModel
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,7 @@ class Progress:
     tokens: int
     """Tokens of all ranks since the start."""
     data_state: dict[str, str]
-    """Lane -> JSON, for the lanes that this rank owns."""
+    """Key -> JSON: the order, and the lanes that this rank owns."""
 
 
 def save(
@@ -151,7 +152,7 @@ def restore(
         run_dir: the run.
         model: of the engine; its parameters and buffers are overwritten.
         engine: the states of its optimizer are overwritten.
-        lanes: names of the data lanes that this rank owns.
+        lanes: keys of the positions in the data that this rank owns.
         rng_state: overwritten with this rank's, if the world has the size that it was saved with.
         tables: of the model; those in host memory must be at zero, and are overwritten.
         corpus: fingerprint of today's corpus.
@@ -169,7 +170,8 @@ def restore(
     meta = json.loads((path / "checkpoint.json").read_text(encoding="utf-8"))
     if meta["format"] != FORMAT_VERSION:
         raise ValueError(
-            f"{path}: checkpoint format {meta['format']}; this version reads {FORMAT_VERSION}"
+            f"{path}: checkpoint format {meta['format']}; this version reads {FORMAT_VERSION}; go on "
+            "with the version that saved it, or start a new run"
         )
     if tables:
         tables.check(path, run_dir)

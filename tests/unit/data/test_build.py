@@ -65,7 +65,7 @@ def test_stored_tokens_decode_to_the_text(tmp_path: Path) -> None:
     for split in ("train", "validation"):
         reader = SplitReader(tmp_path / "corpus/code", source="code", split=split)
         for document in range(len(reader)):
-            ids = reader.tokens(document).tolist()
+            ids = reader.stored_tokens(document).tolist()
             assert ids[-1] == 0
             assert ids.count(0) == 1
             found.add(tokenizer.decode(ids[:-1], skip_special_tokens=False))

@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from data.config import DataConfig, SourceConfig
+from data.faults import DamagedSampleError
 from data.loader import Batch, build_loader, fingerprint, vocab_size
 from data.prefetch import _stop
-from data.tars import CorruptShardError
 from tests.unit.data.corpora import Texts, unique_tokens, write_corpus
 
 Load = Callable[..., Iterator[tuple[Batch, dict[str, str]]]]
@@ -58,7 +58,7 @@ def test_shapes_and_types(config: DataConfig) -> None:
     for field in (batch.input_ids, batch.labels, batch.position_ids, batch.document_ids):
         assert field.shape == (2, 16)
         assert field.dtype == torch.int64
-    assert list(state) == ["lane/000002", "lane/000003"]
+    assert list(state) == ["order", "lane/000002", "lane/000003"]
 
 
 def test_each_loader_starts_from_the_beginning(config: DataConfig) -> None:
@@ -85,7 +85,8 @@ def test_lanes_give_neighbouring_sequences(config: DataConfig) -> None:
         ({"prefetch_batches": -1}, {}, r"data\.prefetch_batches=-1: use 0"),
         ({"sources": {}}, {}, r"data\.sources=\{\}: needs a source"),
         ({"tokenizer": "no/such.json"}, {}, r"data\.tokenizer=no/such.json: there is no /.*build"),
-        ({}, {"state": {"lane/000009": ""}}, "lane/000000: the saved data position has 1 lanes"),
+        ({}, {"state": {"order": ""}}, "lane/000000: the saved data position has 1 items"),
+        ({"lookahead": 3}, {}, r"data\.lookahead=3: data\.packing=concat_split takes"),
     ],
 )
 def test_bad_arguments_are_refused_at_once(
@@ -93,15 +94,6 @@ def test_bad_arguments_are_refused_at_once(
 ) -> None:
     with pytest.raises(ValueError, match=problem):
         load(replace(config, **changes), **arguments)
-
-
-@pytest.mark.parametrize("weight", [0, -1])
-def test_weights_must_be_positive(config: DataConfig, weight: int) -> None:
-    source = replace(config.sources["code"], weight=weight)
-    with pytest.raises(
-        ValueError, match=rf"data\.sources\.code\.weight={weight}: must be positive"
-    ):
-        load(replace(config, sources={"code": source}))
 
 
 def test_missing_corpus_says_what_to_type(config: DataConfig, tmp_path: Path) -> None:
@@ -172,9 +164,9 @@ def test_error_in_the_thread_reaches_the_consumer_again_and_again(
     raw[raw.index(texts["docs"][1].tobytes())] ^= 1
     tar.write_bytes(raw)
     loader = load(replace(config, prefetch_batches=2))
-    with pytest.raises(CorruptShardError, match=f"source docs, shard {tar}, key docs/0001"):
+    with pytest.raises(DamagedSampleError, match=f"source docs, shard {tar}, key docs/0001"):
         list(loader)
-    with pytest.raises(CorruptShardError, match="key docs/0001"):
+    with pytest.raises(DamagedSampleError, match="key docs/0001"):
         next(loader)
     wait_for(lambda: not loader_threads())
 

@@ -42,6 +42,31 @@ def test_the_quick_start_is_valid(nano: RunConfig) -> None:
             "use 16 or 20",
         ),
         (
+            {"data__sources__code__weight": -1},
+            "data.sources.code.weight=-1: must not be negative",
+            "use data.sources.code.weight=0 or more",
+        ),
+        (
+            {"data__weight_schedule": [{"tokens": 0, "weights": {"code": 2}}]},
+            "data.weight_schedule[0].tokens=0: must be positive",
+            "use data.weight_schedule[0].tokens=1 or more",
+        ),
+        (
+            {"data__weight_schedule": [{"tokens": 9, "weights": {"books": 0}}]},
+            "data.weight_schedule[0].weights.books: there is no such source",
+            "use one of code, docs",
+        ),
+        (
+            {"data__faults__max_skipped_fraction": 1.5},
+            "data.faults.max_skipped_fraction=1.5: is a fraction",
+            "use a value from 0 to 1",
+        ),
+        (
+            {"data__window_blocks": 3},
+            "data.window_blocks=3: data.block_documents=1 has no blocks",
+            "leave it out, or use for example data.block_documents=256",
+        ),
+        (
             {"train__micro_batch_size": 3},
             "train.micro_batch_size=3: times parallel.data_parallel_size=4 must divide",
             "use 1, 2 or 4, or train.global_batch_size=12 or 24",
