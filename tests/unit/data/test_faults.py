@@ -157,7 +157,9 @@ def test_what_stock_webdataset_does(tmp_path: Path) -> None:
     silent = [
         name
         for name, damage in DAMAGES.items()
-        if _is_silent(read_stock(write_damaged(tmp_path / name, damage), webdataset.reraise_exception))
+        if _is_silent(
+            read_stock(write_damaged(tmp_path / name, damage), webdataset.reraise_exception)
+        )
     ]
     assert silent == [
         "cut between two members",

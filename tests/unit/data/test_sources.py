@@ -96,7 +96,10 @@ def test_limits_of_a_source_with_splits(split: DataConfig) -> None:
 @pytest.mark.parametrize(
     ("source", "problem"),
     [
-        ({"held_out": 0.1}, r"data\.sources\.code\.held_out=0\.1: .* its own validation split; use nu"),
+        (
+            {"held_out": 0.1},
+            r"data\.sources\.code\.held_out=0\.1: .* its own validation split; use nu",
+        ),
         ({"max_documents": 61}, r"data\.sources\.code\.max_documents=61: there are 60 to train on"),
     ],
 )
@@ -110,7 +113,10 @@ def test_what_a_source_with_splits_refuses(
 @pytest.mark.parametrize(
     ("source", "problem"),
     [
-        ({"held_out": 0.001}, r"held_out=0\.001: leaves 0 of 60 documents for validation and 60 for"),
+        (
+            {"held_out": 0.001},
+            r"held_out=0\.001: leaves 0 of 60 documents for validation and 60 for",
+        ),
         ({"held_out": 0.999}, r"held_out=0\.999: leaves 60 of 60 documents for validation and 0"),
         ({"max_documents": 49}, r"max_documents=49: there are 48 to train on"),
     ],
@@ -127,7 +133,9 @@ def test_sources_without_held_out_documents_are_not_evaluated(
 ) -> None:
     none = change(whole, held_out=None)
     assert len(keys(none)) == _NUMBER
-    with pytest.raises(ValueError, match=r"data\.sources: none .* data\.sources\.code\.held_out=0\.01"):
+    with pytest.raises(
+        ValueError, match=r"data\.sources: none .* data\.sources\.code\.held_out=0\.01"
+    ):
         open_sources(none, split="validation")
     both = replace(none, sources={"a": none.sources["code"], "b": split.sources["code"]})
     assert list(open_sources(both, split="validation")) == ["b"]
@@ -147,7 +155,9 @@ def test_urls_are_the_same_corpus(whole: DataConfig) -> None:
             assert vocab_size(remote) == 2**16
     finally:
         memory.rm(path, recursive=True)
-    with pytest.raises(ValueError, match=rf"there is no memory://{path}/train/manifest.json; build"):
+    with pytest.raises(
+        ValueError, match=rf"there is no memory://{path}/train/manifest.json; build"
+    ):
         open_sources(change(whole, path=f"memory://{path}", held_out=None), split="train")
 
 
