@@ -123,7 +123,7 @@ def build_corpus(
             for split, part in _split(_collect(name, source, skipped, progress)).items()
         }
         train = [d.text for (_, split), part in documents.items() if split == "train" for d in part]
-        train_tokenizer(train, vocab_size, progress).save(str(work / "tokenizer.json"))
+        train_tokenizer(train, vocab_size, progress, length=len(train)).save(str(work / "tokenizer.json"))
         manifests = [
             _write(
                 part,

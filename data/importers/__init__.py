@@ -1,0 +1,1 @@
+"""What people have, as documents: one file for each form."""
