@@ -11,16 +11,14 @@ from typing import Any
 import numpy as np
 
 from data.importers.drafts import (
-    Draft,
-    DraftMedium,
     Importer,
     LeftOut,
     Report,
     is_held_out,
     unique_key,
 )
-from data.shards import Sample, write_split
-from data.tokenizer import Vocabulary, encode_parts, hugging_face
+from data.shards import Sample, SampleMedium, files, write_split
+from data.tokenizer import Datasets, Table, Vocabulary, encode_parts, hugging_face
 
 REPORT_NAME = "report.json"
 _ENCODE_BATCH = 64
@@ -108,8 +106,8 @@ def _rows(job: ChunkJob, chunk: Chunk, report: Report) -> Iterator[dict[str, Any
 
 
 def _encode(
-    datasets: Any, rows: Iterator[dict[str, Any]], job: ChunkJob, work: Path, processes: int
-) -> Any:
+    datasets: Datasets, rows: Iterator[dict[str, Any]], job: ChunkJob, work: Path, processes: int
+) -> Table:
     """The rows as a memory-mapped table with their token ids."""
     text = datasets.Value("large_string")
     features = datasets.Features(
@@ -137,7 +135,7 @@ def _encode(
     )
 
 
-def _write(table: Any, job: ChunkJob, folder: Path) -> None:
+def _write(table: Table, job: ChunkJob, folder: Path) -> None:
     """Write the shards of each split that has documents, in the order of the items."""
     splits = [job.split_of(key) for key in table["key"]]
     for split in job.splits:
@@ -150,14 +148,34 @@ def _write(table: Any, job: ChunkJob, folder: Path) -> None:
                 split=split,
                 tokenizer_sha256=job.tokenizer_sha256,
                 vocab_size=job.vocabulary.size,
+                media_token_id=job.vocabulary.media if job.importer.has_media else None,
                 max_shard_bytes=job.max_shard_bytes,
             )
 
 
 def _sample(importer: Importer, row: dict[str, Any]) -> Sample:
+    """A row as a document; the bytes of its media are read here."""
+    media: list[SampleMedium] = []
+    before = ""
+    for fields in json.loads(row["media"]):
+        reference = fields.pop("reference")
+        again = reference == before
+        payload = media[-1].payload if again else importer.payload(reference)
+        media.append(SampleMedium(**fields, payload=payload, same_file=again))
+        before = reference
+    metadata = {"title": row["title"]}
+    if media:
+        metadata |= {"v": 1, "kind": "interleaved", "seq": _sequence(row["parts"], media)}
     return Sample(
         key=row["key"],
-        metadata={"title": row["title"]},
-        text="".join(part for part in row["parts"] if part is not None),
+        metadata=metadata,
+        text="\n".join(part for part in row["parts"] if part is not None),
         tokens=np.array(row["tokens"], np.uint32),
+        media=tuple(media),
     )
+
+
+def _sequence(parts: list[str | None], media: list[SampleMedium]) -> list[dict[str, Any]]:
+    """What the document's metadata say of its texts and media, in order."""
+    described = (medium.part(number) for number, medium in files(media))
+    return [next(described) if part is None else {"t": part} for part in parts]

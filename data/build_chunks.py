@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from hashlib import blake2b, sha256
 from itertools import islice
 from multiprocessing import get_context, parent_process
-from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
@@ -89,9 +88,7 @@ def _keys_again(hashes: np.ndarray) -> list[tuple[int, int]]:
     return sorted(found)
 
 
-def write_chunks(
-    job: ChunkJob, chunks: Sequence[Chunk], *, processes: int, progress: bool
-) -> None:
+def write_chunks(job: ChunkJob, chunks: Sequence[Chunk], *, processes: int, progress: bool) -> None:
     """Write the chunks that are not there yet below `job.folder`.
 
     With fewer chunks than processes, the processes that are left encode inside a chunk.
@@ -99,6 +96,7 @@ def write_chunks(
     Raises:
         ValueError, RuntimeError, OSError: what a chunk met first; the others stay written.
     """
+    job.folder.mkdir(exist_ok=True)
     for left in job.folder.glob(".*"):  # of processes that were killed
         shutil.rmtree(left)
     missing = [chunk for chunk in chunks if not job.chunk_folder(chunk).exists()]
@@ -160,8 +158,3 @@ def _end_with_parent() -> None:
 def _write_in_worker(chunk: Chunk, encoders: int) -> None:
     assert _job is not None
     write_chunk(_job, chunk, encoders)
-
-
-def read_reports(folder: Path) -> Iterator[Path]:
-    """Folders of the finished chunks, in order."""
-    return iter(sorted(path for path in folder.iterdir() if not path.name.startswith(".")))

@@ -12,8 +12,9 @@ marker for each image or clip.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +55,15 @@ class SampleMedium:
     """Frames per second; 0 for images."""
     first_frame: int = 0
     """First frame of the file that counts."""
+    same_file: bool = False
+    """It is another part of the medium before it, whose file is stored once."""
 
     def member(self, number: int) -> str:
-        """Extension of its member, as the `number`-th medium of its document."""
+        """Extension of its member, as the `number`-th file of its document."""
         return f"m{number}.{self.extension}"
 
     def part(self, number: int) -> dict[str, Any]:
-        """What `seq` in the document's metadata says of it, as its `number`-th medium."""
+        """What `seq` in the document's metadata says of it, in the `number`-th file."""
         size = {"w": self.width, "h": self.height}
         if self.kind == "image":
             return {"img": self.member(number), **size}
@@ -207,7 +210,7 @@ def write_split(
                 {
                     "__key__": sample.key,
                     "json": json.dumps({"source": source, **sample.metadata}),
-                    **{m.member(i): m.payload for i, m in enumerate(sample.media)},
+                    **{m.member(i): m.payload for i, m in files(sample.media)},
                     **({"txt": sample.text} if sample.text else {}),
                     extension: sample.tokens.astype(TOKEN_DTYPES[extension]).tobytes(),
                 }
@@ -229,6 +232,12 @@ def write_split(
         raise CorruptShardError(f"{folder}: wrote {written} samples, read back {manifest.samples}")
     manifest.write(folder)
     return manifest
+
+
+def files(media: Sequence[SampleMedium]) -> Iterator[tuple[int, SampleMedium]]:
+    """Yield each medium of a document with the number of its file."""
+    numbers = accumulate(int(number > 0 and not m.same_file) for number, m in enumerate(media))
+    return zip(numbers, media, strict=True)
 
 
 def split_folders(source: Path) -> dict[str, Path]:
@@ -298,7 +307,7 @@ def _check_media(sample: Sample, media_token_id: int | None) -> None:
     parts = [part for part in sample.metadata.get("seq", ()) if "t" not in part]
     if sample.media and media_token_id is None:
         raise ValueError(f"key {sample.key}: has media; give write_split a media_token_id")
-    if parts != [medium.part(number) for number, medium in enumerate(sample.media)]:
+    if parts != [medium.part(number) for number, medium in files(sample.media)]:
         raise ValueError(f"key {sample.key}: metadata.seq must list its media; use part()")
     markers = 0 if media_token_id is None else int((sample.tokens == media_token_id).sum())
     if markers != len(sample.media):

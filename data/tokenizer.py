@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +36,10 @@ _MEDIA_MARKERS = (
     "<image>",
     "<\uff5cplace\u2581holder\u2581no\u25810\uff5c>",  # DeepSeek
 )
+Table: TypeAlias = Any
+"""A `datasets.Dataset`, which has no types."""
+Datasets: TypeAlias = Any
+"""The module `datasets`."""
 _ENCODE_BATCH = 64
 _DOCUMENTS_PER_PROCESS = 250
 
@@ -184,7 +188,7 @@ def _load_tokenizer(path: str) -> Tokenizer:
 
 
 @contextmanager
-def hugging_face(progress: bool, *, offline: bool = True) -> Iterator[Any]:
+def hugging_face(progress: bool, *, offline: bool = True) -> Iterator[Datasets]:
     """The module `datasets`: its bars on or off, and without a hub unless asked for.
 
     There is no thread pool in `tokenizers`, whose processes are forked after it was used.

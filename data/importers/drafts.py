@@ -23,7 +23,7 @@ class DraftMedium:
     """A picture or clip of a document; its bytes go into the shard unchanged."""
 
     reference: str
-    """What the importer's `payload` takes. Equal references follow each other and share a member."""
+    """What the importer's `payload` takes. Neighbours with the same one are stored as one file."""
     extension: str
     kind: Literal["image", "video"]
     width: int
@@ -60,6 +60,10 @@ class LeftOut:
 
 class Importer(Protocol):
     """Items that become documents."""
+
+    @property
+    def has_media(self) -> bool:
+        """Whether documents may have pictures or clips."""
 
     def items(self) -> Iterator[tuple[str, int]]:
         """Key and bytes of every item, in order, without reading them whole."""

@@ -5,12 +5,15 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
 from data.importers.drafts import Draft, LeftOut, document_key, text_drafts
-from data.tokenizer import hugging_face
+from data.tokenizer import Table, hugging_face
+
+Arrow: TypeAlias = Any
+"""A table or column of `pyarrow`, which has no types."""
 
 _BATCH_ROWS = 4096
 
@@ -18,7 +21,9 @@ _BATCH_ROWS = 4096
 class TextTable:
     """A column of texts, perhaps with a column of ids: a document for each row."""
 
-    def __init__(self, table: Any, *, text_key: str, id_key: str | None) -> None:
+    has_media = False
+
+    def __init__(self, table: Table, *, text_key: str, id_key: str | None) -> None:
         """Choose the columns.
 
         Raises:
@@ -59,14 +64,14 @@ def row_key(row: int, name: object) -> str:
     return f"{row:09d}" if name is None else document_key(str(name))
 
 
-def arrow_batches(table: Any) -> Iterator[tuple[int, Any]]:
+def arrow_batches(table: Table) -> Iterator[tuple[int, Arrow]]:
     """First row and Arrow table of stretches of rows, memory-mapped."""
     arrow = table.with_format("arrow")
     for start in range(0, len(table), _BATCH_ROWS):
         yield start, arrow[start : start + _BATCH_ROWS]
 
 
-def list_sizes(column: Any) -> list[int]:
+def list_sizes(column: Arrow) -> list[int]:
     """Number of elements in each row of an Arrow column of lists; 0 for null."""
     import pyarrow.compute as pc  # noqa: PLC0415
 
@@ -74,13 +79,13 @@ def list_sizes(column: Any) -> list[int]:
     return sizes
 
 
-def require_columns(table: Any, wanted: dict[str, str | None]) -> None:
+def require_columns(table: Table, wanted: dict[str, str | None]) -> None:
     """Check that a table, or a first row, has the columns. `wanted`: option -> column, or None.
 
     Raises:
         ValueError: names all that are missing.
     """
-    there = list(getattr(table, "column_names", table))
+    there: list[str] = list(getattr(table, "column_names", table))
     problems = [
         f"{option}={name}: no such column; there is {', '.join(there)}"
         for option, name in wanted.items()
@@ -98,7 +103,7 @@ def load_files(
     cache: Path,
     processes: int,
     progress: bool,
-) -> Any:
+) -> Table:
     """Rows of JSON Lines or Parquet files, in the order of the files.
 
     Args:
@@ -131,7 +136,7 @@ def load_files(
             raise _unreadable(kind, files, error) from error
 
 
-def load_hugging_face(name: str, *, config: str | None, split: str, progress: bool) -> Any:
+def load_hugging_face(name: str, *, config: str | None, split: str, progress: bool) -> Table:
     """A dataset that `save_to_disk` wrote, or what `load_dataset` finds (hub, cache, folder).
 
     Raises:

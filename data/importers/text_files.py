@@ -10,6 +10,8 @@ from data.importers.drafts import Draft, LeftOut, document_key, text_drafts
 class TextFiles:
     """The files below a folder, without hidden ones and links, in the order of their paths."""
 
+    has_media = False
+
     def __init__(self, folder: Path, extensions: Collection[str]) -> None:
         """List the folder. `extensions`, without dots: these files only; none: all files."""
         self._folder = folder
