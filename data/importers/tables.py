@@ -3,7 +3,7 @@
 `datasets` puts the rows into memory-mapped Arrow files, so no corpus has to fit into memory.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -29,7 +29,7 @@ class TextTable:
         Raises:
             ValueError: there is no such column, or it holds no text.
         """
-        require_columns(table, {"--text-key": text_key, "--id-key": id_key})
+        require_columns(table.column_names, {"--text-key": text_key, "--id-key": id_key})
         kind = table.features[text_key]
         if getattr(kind, "dtype", None) not in ("string", "large_string"):
             raise ValueError(f"--text-key={text_key}: must be a column of text; this is {kind}")
@@ -79,13 +79,12 @@ def list_sizes(column: Arrow) -> list[int]:
     return sizes
 
 
-def require_columns(table: Table, wanted: dict[str, str | None]) -> None:
-    """Check that a table, or a first row, has the columns. `wanted`: option -> column, or None.
+def require_columns(there: Collection[str], wanted: dict[str, str | None]) -> None:
+    """Check that a table has the columns. `wanted`: option -> column, or None.
 
     Raises:
         ValueError: names all that are missing.
     """
-    there: list[str] = list(getattr(table, "column_names", table))
     problems = [
         f"{option}={name}: no such column; there is {', '.join(there)}"
         for option, name in wanted.items()
