@@ -121,6 +121,7 @@ def _encode(
     )
     return table.map(
         encode_parts,
+        input_columns=["parts"],
         fn_kwargs={
             "tokenizer": str(job.tokenizer),
             "end": job.vocabulary.end,

@@ -44,8 +44,9 @@ def building(destination: Path, source: str) -> Iterator[Path]:
         yield work
         shutil.rmtree(work)
     finally:
-        if not any(folder.iterdir()):
-            folder.rmdir()
+        for path in (folder / source, folder):
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
         os.close(handle)
 
 
@@ -60,6 +61,8 @@ def check_request(work: Path, fields: Mapping[str, Any]) -> None:
     now = json.loads(json.dumps(fields))
     problems = [
         f"--{name.replace('_', '-')}={now[name]}: was {before[name]}"
+        if name != "inputs"
+        else "the files or rows, or their sizes, are not those that it began with"
         for name in now
         if name in before and before[name] != now[name]
     ]

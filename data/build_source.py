@@ -44,17 +44,20 @@ class SourceRequest:
     """Of a new tokenizer."""
     held_out: float
     """Share of the documents for validation; 0: a source without splits."""
-    max_shard_bytes: int
+    shard_megabytes: int
     limit: int | None
     """Files or rows to take; None: all."""
 
     def plain(self) -> dict[str, Any]:
-        """For JSON: option -> value."""
+        """For JSON: option -> value; the tokenizer by its hash."""
         fields = asdict(self)
-        inputs = fields.pop("inputs")
-        tokenizer = fields.pop("tokenizer")
-        sha256 = tokenizer and file_sha256(tokenizer, key="--tokenizer")
-        return {**inputs, **fields, "tokenizer_sha256": sha256}
+        fields["tokenizer"] = self.tokenizer and _sha256(self.tokenizer)
+        return {**fields.pop("inputs"), **fields}
+
+    @property
+    def max_bytes(self) -> int:
+        """Of a chunk of the inputs, and of a shard."""
+        return self.shard_megabytes * 2**20
 
 
 def build_source(
@@ -86,10 +89,10 @@ def build_source(
             return found
         check_request(work, request.plain())
         importer = open_importer(work / "tables")
-        plan = plan_chunks(importer, max_bytes=request.max_shard_bytes, limit=request.limit)
+        plan = plan_chunks(importer, max_bytes=request.max_bytes, limit=request.limit)
         if not plan.chunks:
             raise ValueError(f"--source={request.source}: no files or rows to import there")
-        check_request(work, {"inputs_sha256": plan.digest})
+        check_request(work, {"inputs": plan.digest})
         texts = _sample_texts(importer, plan, request.held_out)
         tokenizer = _tokenizer(destination, work, request, texts, progress)
         job = ChunkJob(
@@ -100,7 +103,7 @@ def build_source(
             tokenizer_sha256=_sha256(tokenizer),
             vocabulary=read_vocabulary(tokenizer),
             held_out=request.held_out,
-            max_shard_bytes=request.max_shard_bytes,
+            max_shard_bytes=request.max_bytes,
         )
         write_chunks(job, plan.chunks, processes=processes, progress=progress)
         if not (destination / request.source).exists():

@@ -10,6 +10,7 @@ import os
 import struct
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,7 @@ from data.tars import CorruptShardError
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, type of the ids, sequences, document bounds
-_DTYPES = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
+_DTYPES: dict[int, np.dtype[np.integer[Any]]] = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
 """Code of the type of the ids -> type, as megatron-core chooses them for tokens."""
 _REMEDY = (
     "restore the file from a copy, or use the tokenizer that it was made with; to train without what "

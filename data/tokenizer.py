@@ -151,14 +151,14 @@ def encode_texts(batch: Mapping[str, list[str]], tokenizer: str) -> dict[str, li
 
 
 def encode_parts(
-    batch: Mapping[str, list[list[str | None]]], tokenizer: str, end: int, media: int | None
+    batch: list[list[str | None]], tokenizer: str, end: int, media: int | None
 ) -> dict[str, list[list[int | None]]]:
     """Token ids of documents in parts, as `encode_texts`; a part that is None becomes `media`."""
     loaded = _load_tokenizer(tokenizer)
-    texts = [part for parts in batch["parts"] for part in parts if part is not None]
+    texts = [part for parts in batch for part in parts if part is not None]
     encodings = iter(loaded.encode_batch(texts, add_special_tokens=False))
     documents: list[list[int | None]] = []
-    for parts in batch["parts"]:
+    for parts in batch:
         ids: list[int | None] = []
         for part in parts:
             ids += [media] if part is None else next(encodings).ids

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 MAX_CHARACTERS = 4 * 2**20
 """A longer text becomes several documents; long-context recipes see a million tokens of it."""
@@ -58,6 +58,7 @@ class LeftOut:
     cause: str
 
 
+@runtime_checkable
 class Importer(Protocol):
     """Items that become documents."""
 

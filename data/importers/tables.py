@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Collection, Iterator, Sequence
+from glob import glob
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -92,6 +93,11 @@ def require_columns(there: Collection[str], wanted: dict[str, str | None]) -> No
     ]
     if problems:
         raise ValueError("\n".join(problems))
+
+
+def matching_files(pattern: str) -> list[str]:
+    """Sorted paths that match; ** stands for any folders."""
+    return sorted(glob(pattern, recursive=True))  # noqa: PTH207 - patterns may be absolute
 
 
 def load_files(

@@ -1,0 +1,113 @@
+"""`mneme data …`: make corpora, index and check shards, count, convert."""
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launch.data_options import add_build_options, importer, imports_something, source_request
+
+if TYPE_CHECKING:
+    from data.build import CorpusSummary
+
+_Run = Callable[[argparse.Namespace], int]
+_QUICKSTART = ("quickstart",)
+
+
+def add_data_actions(command: argparse.ArgumentParser) -> None:
+    """Declare the actions and their options."""
+    actions = command.add_subparsers(metavar="ACTION", required=True)
+
+    def add(run: _Run, purpose: str) -> argparse.ArgumentParser:
+        name = run.__name__.removeprefix("_")
+        action = actions.add_parser(name, help=purpose, description=purpose, allow_abbrev=False)
+        action.set_defaults(run_data=run)
+        return action
+
+    action = add(_build, "make shards from files, or one more source of a corpus")
+    action.add_argument(
+        "destination",
+        metavar="DEST",
+        type=Path,
+        help="folder of the corpus; quickstart (alone): a small corpus of what is installed",
+    )
+    action.add_argument("-o", "--output", type=Path, help="of quickstart (default: corpus)")
+    add_build_options(action)
+    action = add(_convert, "turn a source into an IndexedDataset of megatron-core, or back")
+    action.add_argument("source", metavar="SOURCE", type=Path, help="folder; or path without .idx")
+    action.add_argument(
+        "destination", metavar="DEST", type=Path, help="path without .idx; or folder"
+    )
+    action.add_argument("--to", choices=["megatron", "webdataset"], required=True)
+    action.add_argument("--split", help="to megatron: train, validation or all (default: train)")
+    action.add_argument("--tokenizer", type=Path, help="to webdataset: that the ids come from")
+
+
+def run_data(options: argparse.Namespace) -> int:
+    """Do what was asked for; returns the exit code."""
+    run: _Run = options.run_data
+    return run(options)
+
+
+def _build(options: argparse.Namespace) -> int:
+    if str(options.destination) in _QUICKSTART and not imports_something(options):
+        return _build_quickstart(options)
+    request = source_request(options)
+    from data.build_source import build_source  # noqa: PLC0415
+
+    processes = options.processes or os.cpu_count() or 1
+    opened = importer(request.inputs, processes=processes, progress=True)
+    summary = build_source(options.destination, request, opened, processes=processes, progress=True)
+    _print_source(options.destination, request.source, summary)
+    return 0
+
+
+def _build_quickstart(options: argparse.Namespace) -> int:
+    from data.build import build_quickstart_corpus  # noqa: PLC0415
+
+    output = options.output or Path("corpus")
+    build_quickstart_corpus(output)
+    print(f"corpus: {output}; next: mneme train v4_nano")
+    return 0
+
+
+def _print_source(corpus: Path, source: str, summary: "CorpusSummary") -> None:
+    for split in summary.splits:
+        if split.source == source:
+            print(
+                f"{source}/{split.split}: {split.documents} documents, {split.tokens} tokens, "
+                f"{split.shards} shards"
+            )
+    causes = {
+        name.removeprefix(f"{source}: "): number
+        for name, number in summary.skipped.items()
+        if name.startswith(f"{source}: ")
+    }
+    if causes:
+        listed = ", ".join(f"{number} {cause}" for cause, number in causes.items())
+        print(f"left out: {listed}; named in {corpus / source / 'left_out.jsonl'}")
+    print(
+        f"next, in a recipe: data.sources.{source}.path={corpus / source} and "
+        f"data.tokenizer={corpus / 'tokenizer.json'} (vocabulary of {summary.vocab_size})"
+    )
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from data.convert import to_megatron, to_webdataset  # noqa: PLC0415
+
+    if options.to == "megatron":
+        if options.tokenizer is not None:
+            raise ValueError("--tokenizer: is for --to webdataset; leave it out")
+        split = options.split or "train"
+        number = to_megatron(options.source, options.destination, split=split, progress=True)
+    else:
+        if options.split is not None:
+            raise ValueError("--split: is for --to megatron; leave it out")
+        if options.tokenizer is None:
+            raise ValueError("--tokenizer: needed for --to webdataset; give the tokenizer.json")
+        number = to_webdataset(
+            options.source, options.destination, tokenizer=options.tokenizer, progress=True
+        )
+    print(f"{number} documents: {options.destination}")
+    return 0
