@@ -113,12 +113,15 @@ def _encode(
     features = datasets.Features(
         {"key": text, "title": text, "parts": datasets.List(text), "media": text}
     )
-    table = datasets.Dataset.from_generator(
-        lambda: rows,
-        features=features,
-        cache_dir=str(work),
-        fingerprint="rows",  # made once, in a folder of its own
-    )
+    try:
+        table = datasets.Dataset.from_generator(
+            lambda: rows,
+            features=features,
+            cache_dir=str(work),
+            fingerprint="rows",  # made once, in a folder of its own
+        )
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise error.__cause__ or error from None  # what the importer raised
     return table.map(
         encode_parts,
         input_columns=["parts"],

@@ -105,11 +105,12 @@ def test_only_missing_chunks_are_written(
     with pytest.raises(ValueError, match="the files or rows, or their sizes, are not those"):
         build(tmp_path / "corpus", inputs)
     changed.write_text(before)
-    monkeypatch.setattr(
-        build_chunks,
-        "write_chunk",
-        lambda *args: (written.append(args[1].number), write_chunk(*args)),
-    )
+
+    def write_on(job: Any, chunk: Any, processes: int) -> None:
+        written.append(chunk.number)
+        write_chunk(job, chunk, processes)
+
+    monkeypatch.setattr(build_chunks, "write_chunk", write_on)
     build(tmp_path / "corpus", inputs)
     assert written == [0, 1, 2]
 

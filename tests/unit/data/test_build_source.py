@@ -121,7 +121,9 @@ def test_long_texts_become_several_documents(
 
 def test_tables_give_the_same_documents(tmp_path: Path) -> None:
     """JSON Lines, packed ones, Parquet, a saved dataset and a folder that `load_dataset` reads."""
-    rows = [{"text": text(i), "id": f"d/{i}", "n": i} for i in range(40)]
+    rows: list[dict[str, Any]] = [
+        {"text": text(i), "id": f"d/{i}", "n": i} for i in range(40)
+    ]
     rows[7]["text"] = ""
     rows[9]["text"] = None
     (tmp_path / "hub").mkdir()
@@ -254,13 +256,13 @@ def test_another_tokenizer_or_source_of_that_name_is_refused(tmp_path: Path) -> 
     build(tmp_path / "corpus", inputs)
     before = files(tmp_path / "corpus")
     build(tmp_path / "corpus", inputs)  # there already
-    with pytest.raises(ValueError, match="--source=new: .* was built from something else"):
+    with pytest.raises(ValueError, match=r"--source=new: .* was built from something else"):
         build(tmp_path / "corpus", inputs, limit=3)
     other = tmp_path / "other.json"
     other.write_text(tokenizer_file(tmp_path).read_text() + " ")
     with pytest.raises(ValueError, match=f"--tokenizer={other}: .* is another"):
         build(tmp_path / "corpus", inputs, source="more", tokenizer=other)
-    with pytest.raises(ValueError, match="--vocab-size=300: .* has 280 tokens; leave the option"):
+    with pytest.raises(ValueError, match=r"--vocab-size=300: .* has 280 tokens; leave the option"):
         build(tmp_path / "corpus", inputs, source="more", tokenizer=None, vocab_size=300)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/file").touch()

@@ -1,0 +1,148 @@
+"""`mneme data`: what is typed reaches the builds, and all that is wrong is said at once."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data.build import read_summary
+from launch.cli import main
+from tests.unit.data.imports import WORDS, files, samples, tokenizer_file
+
+
+@pytest.fixture(autouse=True)
+def _in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("in").mkdir()
+    for i in range(30):
+        Path(f"in/{i:02d}.txt").write_text(" ".join(WORDS[i % 12 :] * 3) + f" {i}")
+    Path("in/rows.jsonl").write_text(
+        "".join(json.dumps({"body": " ".join(WORDS), "name": f"n{i}"}) + "\n" for i in range(30))
+    )
+
+
+def say(capsys: pytest.CaptureFixture[str], line: str) -> tuple[int, str, str]:
+    try:
+        code = main(line.split())
+    except SystemExit as leave:
+        code = int(leave.code or 0)
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+def test_sources_are_added_and_converted(capsys: pytest.CaptureFixture[str]) -> None:
+    line = "data build c --source words --text in --extensions txt --vocab-size 270 --held-out 0.3"
+    code, out, _ = say(capsys, f"{line} --processes 1")
+    assert code == 0
+    assert "data.sources.words.path=c/words and data.tokenizer=c/tokenizer.json" in out
+    line = (
+        "data build c --source rows --jsonl in/*.jsonl --text-key body --id-key name --held-out 0"
+    )
+    code, out, _ = say(capsys, f"{line} --limit 20")
+    assert (code, out.splitlines()[0][:23]) == (0, "rows/all: 20 documents,")
+    assert [(s.source, s.split) for s in read_summary(Path("c")).splits] == [
+        ("words", "train"),
+        ("words", "validation"),
+        ("rows", "all"),
+    ]
+    code, out, _ = say(capsys, "data convert c/rows out/rows --to megatron --split all")
+    assert (code, out) == (0, "20 documents: out/rows\n")
+    code, out, _ = say(
+        capsys, "data convert out/rows back --to webdataset --tokenizer c/tokenizer.json"
+    )
+    assert (code, out) == (0, "20 documents: back\n")
+    before, after = samples(Path("c/rows")), samples(Path("back"))
+    assert [s["u16"] for s in before.values()] == [s["u16"] for s in after.values()]
+
+
+def test_everything_that_is_wrong_is_said_before_work_starts(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Path("mine").mkdir()
+    Path("mine/file").touch()
+    Path("bad.json").write_text("{}")
+    before = files(Path())
+    line = "data build mine --text nowhere --jsonl in/*.json --source a/b --image-root gone"
+    line += (
+        " --held-out 1 --limit 0 --processes 0 --clip-seconds 0 --vocab-size 9 --tokenizer bad.json"
+    )
+    code, out, err = say(capsys, f"{line} -o x")
+    assert (code, out) == (2, "")
+    for problem in (
+        "--text and --jsonl: give one input, of --text, --images",
+        "--source=a/b: use letters, digits, - and _ only",
+        "--text=nowhere: no such folder",
+        "--jsonl=in/*.json: no such files; quote the pattern",
+        "--image-root: is for --obelics, --mmc4; leave it out",
+        "--image-root=gone: no such folder",
+        "--clip-seconds: is for --videos; leave it out",
+        "--held-out=1.0: a share from 0 to below 1",
+        "--limit=0: must be 1 or more",
+        "--processes=0: must be 1 or more",
+        "--clip-seconds=0.0: must be above 0",
+        "--tokenizer and --vocab-size: one of both",
+        "--vocab-size=9: use 259 or more",
+        "--tokenizer=bad.json: not a file of `tokenizers`",
+        "--output: is for quickstart; the corpus goes to DEST",
+    ):
+        assert problem in err
+    assert files(Path()) == before
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("data build c", "nothing: give one input, of --text"),
+        ("data build c --text in", "--source: needed; give the source a name"),
+        ("data build c --text in --source a", "--tokenizer: a new corpus needs one"),
+        (
+            "data build mine --text in --source a --vocab-size 300",
+            "mine: exists and is not a corpus",
+        ),
+        ("data build c --mmc4 in/rows.jsonl --source a", "--image-root: needed for --mmc4"),
+        ("data build quickstart --text in", "--source: needed"),
+        (
+            "data build c --images in --source a --tokenizer no.json",
+            "no special token for the place",
+        ),
+        ("data convert c d --to megatron --tokenizer x", "--tokenizer: is for --to webdataset"),
+        ("data convert c d --to webdataset --split all", "--split: is for --to megatron"),
+        ("data convert c d --to webdataset", "--tokenizer: needed for --to webdataset"),
+        ("data convert in/x d --to megatron", "there is no"),
+        ("data convert c d", "the following arguments are required: --to"),
+        ("data build c --jsno x", "unrecognized: --jsno"),
+    ],
+)
+def test_wrong_input_ends_with_code_2(
+    line: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("mine").mkdir()
+    Path("mine/file").touch()
+    text = tokenizer_file(Path()).read_text()
+    Path("no.json").write_text(text.replace("<|reserved|>", "<|other|>"))
+    code, _, err = say(capsys, line)
+    assert (code, "Traceback" in err) == (2, False)
+    assert said in err
+
+
+def test_help_names_every_input(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = say(capsys, "data build --help")
+    assert code == 0
+    for name in ("text", "jsonl", "parquet", "hf", "images", "videos", "obelics", "mmc4"):
+        assert f"--{name} " in out
+    code, out, _ = say(capsys, "data --help")
+    assert (code, "convert" in out) == (0, True)
+
+
+def test_the_command_line_starts_without_heavy_imports() -> None:
+    code = "import sys, launch.cli; print([n for n in ('torch', 'datasets', 'numpy') if n in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[3],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "[]\n"
