@@ -32,8 +32,8 @@ class Chunk:
     start: int
     stop: int
     bytes: int
-    again: tuple[tuple[int, int], ...] = ()
-    """Items whose key came before, and how often it came by then."""
+    again: tuple[tuple[int, ...], ...] = ()
+    """Items whose key came before, each with how often it came by then."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,7 +90,7 @@ def write_chunk(job: ChunkJob, chunk: Chunk, processes: int) -> None:
 
 def _rows(job: ChunkJob, chunk: Chunk, report: Report) -> Iterator[dict[str, Any]]:
     """Rows of the table that is encoded; tells the report the rest."""
-    times = dict(chunk.again)
+    times = {item: number for item, number in chunk.again}  # noqa: C416 - two of each
     for draft in job.importer.drafts(chunk.start, chunk.stop):
         if isinstance(draft, LeftOut):
             report.left_out.append(draft)
@@ -142,6 +142,7 @@ def _encode(
 def _write(table: Table, job: ChunkJob, folder: Path) -> None:
     """Write the shards of each split that has documents, in the order of the items."""
     splits = [job.split_of(key) for key in table["key"]]
+    table = table.with_format("numpy", ["tokens"], output_all_columns=True)
     for split in job.splits:
         chosen = [row for row, of_row in enumerate(splits) if of_row == split]
         if chosen:
@@ -174,7 +175,7 @@ def _sample(importer: Importer, row: dict[str, Any]) -> Sample:
         key=row["key"],
         metadata=metadata,
         text="\n".join(part for part in row["parts"] if part is not None),
-        tokens=np.array(row["tokens"], np.uint32),
+        tokens=row["tokens"].astype(np.uint32),
         media=tuple(media),
     )
 

@@ -7,6 +7,7 @@ a chunk depends on the items and the options, never on the number of processes.
 import os
 import shutil
 import threading
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -69,19 +70,19 @@ def plan_chunks(importer: Importer, *, max_bytes: int, limit: int | None) -> Pla
             start=start,
             stop=stop,
             bytes=size,
-            again=tuple((item, times) for item, times in again if start <= item < stop),
+            again=tuple(again[bisect_left(again, (start,)) : bisect_left(again, (stop,))]),
         )
         for number, (start, (stop, size)) in enumerate(zip(starts, bounds, strict=False))
     )
     return Plan(chunks, digest.hexdigest())
 
 
-def _keys_again(hashes: np.ndarray) -> list[tuple[int, int]]:
+def _keys_again(hashes: np.ndarray) -> list[tuple[int, ...]]:
     """Items whose key came before: (item, how often the key came by then)."""
     order = np.argsort(hashes, kind="stable")
     same = np.flatnonzero(hashes[order][1:] == hashes[order][:-1]) + 1
     times: Counter[int] = Counter()
-    found = []
+    found: list[tuple[int, ...]] = []
     for place in same:
         times[int(hashes[order[place]])] += 1
         found.append((int(order[place]), 1 + times[int(hashes[order[place]])]))

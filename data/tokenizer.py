@@ -69,7 +69,9 @@ def read_vocabulary(tokenizer: Path) -> Vocabulary:
             f"{tokenizer}: not a file of `tokenizers` ({error}); give a tokenizer.json"
         ) from error
     ids = loaded.get_vocab(with_added_tokens=True)
-    special = {token.content for token in loaded.get_added_tokens_decoder().values()}
+    # No text becomes these; other added tokens are found in texts.
+    added = loaded.get_added_tokens_decoder().values()
+    special = {token.content for token in added if token.special}
     end = next((ids[token] for token in _ENDS if token in special), None)
     if end is None:
         raise ValueError(
@@ -184,6 +186,8 @@ def padding_id(tokenizer: Path) -> int:
 def _load_tokenizer(path: str) -> Tokenizer:
     tokenizer = Tokenizer.from_file(path)
     tokenizer.encode_special_tokens = True
+    tokenizer.no_truncation()  # which others' files may ask for
+    tokenizer.no_padding()
     return tokenizer
 
 

@@ -17,7 +17,8 @@ from data.build_chunks import plan_chunks
 from data.importers import drafts
 from data.importers.drafts import cut_text, document_key, is_held_out
 from data.shards import Manifest
-from tests.unit.data.imports import WORDS, build, files, samples, tokenizer_file
+from data.tokenizer import Vocabulary, read_vocabulary
+from tests.unit.data.imports import VOCAB_SIZE, WORDS, build, files, samples, tokenizer_file
 
 
 def text(i: int) -> str:
@@ -121,9 +122,7 @@ def test_long_texts_become_several_documents(
 
 def test_tables_give_the_same_documents(tmp_path: Path) -> None:
     """JSON Lines, packed ones, Parquet, a saved dataset and a folder that `load_dataset` reads."""
-    rows: list[dict[str, Any]] = [
-        {"text": text(i), "id": f"d/{i}", "n": i} for i in range(40)
-    ]
+    rows: list[dict[str, Any]] = [{"text": text(i), "id": f"d/{i}", "n": i} for i in range(40)]
     rows[7]["text"] = ""
     rows[9]["text"] = None
     (tmp_path / "hub").mkdir()
@@ -214,6 +213,29 @@ def test_manifests_name_the_tokenizer_and_hold_no_media(tmp_path: Path) -> None:
     assert sorted(samples(tmp_path / "corpus/new"))[3] == "000000003"
 
 
+def test_tokenizers_of_others(tmp_path: Path) -> None:
+    """Their names for the end of a document are known; what they would cut or fill is not."""
+    ours = tokenizer_file(tmp_path)
+    other = tmp_path / "other.json"
+    other.write_text(ours.read_text().replace("<|end|>", "</s>").replace("<|reserved|>", "<image>"))
+    loaded = Tokenizer.from_file(str(other))
+    loaded.enable_truncation(4)
+    loaded.enable_padding(length=2000, pad_id=1)
+    loaded.save(str(other))
+    assert read_vocabulary(other) == Vocabulary(size=VOCAB_SIZE, end=0, media=2)
+    write_jsonl(tmp_path / "rows.jsonl", [{"text": text(1) + "</s><image>"}])
+    inputs = {"jsonl": str(tmp_path / "rows.jsonl")}
+    build(tmp_path / "corpus", inputs, tokenizer=other)
+    [sample] = samples(tmp_path / "corpus/new").values()
+    ids = np.frombuffer(sample["u16"], "<u2").tolist()
+    assert loaded.decode(ids[:-1], skip_special_tokens=False) == text(1) + "</s><image>"
+    assert ids[-1] == 0
+    assert not {0, 1, 2} & set(ids[:-1])
+    other.write_text(ours.read_text().replace("<|end|>", "<|finis|>"))
+    with pytest.raises(ValueError, match="none of its special tokens ends a document; add one"):
+        read_vocabulary(other)
+
+
 @pytest.mark.slow
 def test_processes_do_not_change_the_bytes(tmp_path: Path) -> None:
     rows = [{"text": text(i) * 100, "id": str(i % 400)} for i in range(500)]
@@ -223,6 +245,9 @@ def test_processes_do_not_change_the_bytes(tmp_path: Path) -> None:
     build(tmp_path / "two", inputs, held_out=0.1, processes=2)
     assert files(tmp_path / "one") == files(tmp_path / "two")
     assert len(list((tmp_path / "one/new/train").glob("*.tar"))) > 3
+    build(tmp_path / "few", inputs, held_out=0.1, shard_megabytes=64)
+    build(tmp_path / "inside", inputs, held_out=0.1, shard_megabytes=64, processes=2)
+    assert files(tmp_path / "few") == files(tmp_path / "inside")
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,13 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
-DOCUMENTS: list[list[list[int]]] = [[[5, 6, 7], [8, 0]], [[9, 0]], [], [[]], [[1, 2], [], [3, 4], [0]]]
+DOCUMENTS: list[list[list[int]]] = [
+    [[5, 6, 7], [8, 0]],
+    [[9, 0]],
+    [],
+    [[]],
+    [[1, 2], [], [3, 4], [0]],
+]
 """Documents of sequences; two have no tokens."""
 
 
