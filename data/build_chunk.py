@@ -124,7 +124,6 @@ def _encode(
         raise error.__cause__ or error from None  # what the importer raised
     return table.map(
         encode_parts,
-        input_columns=["parts"],
         fn_kwargs={
             "tokenizer": str(job.tokenizer),
             "end": job.vocabulary.end,

@@ -153,14 +153,14 @@ def encode_texts(batch: Mapping[str, list[str]], tokenizer: str) -> dict[str, li
 
 
 def encode_parts(
-    batch: list[list[str | None]], tokenizer: str, end: int, media: int | None
+    batch: Mapping[str, list[Any]], tokenizer: str, end: int, media: int | None
 ) -> dict[str, list[list[int | None]]]:
-    """Token ids of documents in parts, as `encode_texts`; a part that is None becomes `media`."""
+    """Token ids of the documents in `parts`, as `encode_texts`; a part that is None becomes `media`."""
     loaded = _load_tokenizer(tokenizer)
-    texts = [part for parts in batch for part in parts if part is not None]
+    texts = [part for parts in batch["parts"] for part in parts if part is not None]
     encodings = iter(loaded.encode_batch(texts, add_special_tokens=False))
     documents: list[list[int | None]] = []
-    for parts in batch:
+    for parts in batch["parts"]:
         ids: list[int | None] = []
         for part in parts:
             ids += [media] if part is None else next(encodings).ids
