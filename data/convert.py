@@ -57,7 +57,7 @@ def to_megatron(source: Path, prefix: Path, *, split: str, progress: bool) -> in
     dtype = DType.optimal_dtype(reader.manifest.vocab_size)
     builder = IndexedDatasetBuilder(str(partial[0]), dtype=dtype)
     for document in tqdm(range(len(reader)), "convert", unit=" documents", disable=not progress):
-        tokens = reader.tokens(document)
+        tokens = reader.stored_tokens(document)
         builder.add_document(tokens, [len(tokens)])
     builder.finalize(str(partial[1]))
     for path, name in zip(partial, files, strict=True):

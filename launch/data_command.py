@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from data.build import CorpusSummary
 
 _Run = Callable[[argparse.Namespace], int]
-_QUICKSTART = ("quickstart",)
+_QUICKSTART = {"quickstart": "v4_nano", "quickstart_mm": "v4_nano_mm"}
+"""Corpus -> recipe to try it with."""
 
 
 def add_data_actions(command: argparse.ArgumentParser) -> None:
@@ -30,7 +31,8 @@ def add_data_actions(command: argparse.ArgumentParser) -> None:
         "destination",
         metavar="DEST",
         type=Path,
-        help="folder of the corpus; quickstart (alone): a small corpus of what is installed",
+        help="folder of the corpus; alone: quickstart or quickstart_mm, a small corpus of what is "
+        "installed, without or with pictures",
     )
     action.add_argument("-o", "--output", type=Path, help="of quickstart (default: corpus)")
     add_build_options(action)
@@ -64,11 +66,17 @@ def _build(options: argparse.Namespace) -> int:
 
 
 def _build_quickstart(options: argparse.Namespace) -> int:
-    from data.build import build_quickstart_corpus  # noqa: PLC0415
-
+    name = str(options.destination)
     output = options.output or Path("corpus")
-    build_quickstart_corpus(output)
-    print(f"corpus: {output}; next: mneme train v4_nano")
+    if name == "quickstart":
+        from data.build import build_quickstart_corpus  # noqa: PLC0415
+
+        build_quickstart_corpus(output)
+    else:
+        from data.build_mm import build_quickstart_mm_corpus  # noqa: PLC0415
+
+        build_quickstart_mm_corpus(output)
+    print(f"corpus: {output}; next: mneme train {_QUICKSTART[name]}")
     return 0
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import data.pictures_corpus
 from data.build import read_summary
 from launch.cli import main
 from tests.unit.data.imports import WORDS, files, samples, tokenizer_file
@@ -146,3 +147,18 @@ def test_the_command_line_starts_without_heavy_imports() -> None:
         text=True,
     )
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.slow
+def test_pictures_are_added_to_the_quickstart_corpus(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, number in (("CROPS", 8), ("CLIPS", 4), ("ILLUSTRATED", 30)):
+        monkeypatch.setattr(data.pictures_corpus, f"NUM_{name}", number)
+    code, out, _ = say(capsys, "data build quickstart_mm -o c")
+    assert (code, out) == (0, "corpus: c; next: mneme train v4_nano_mm\n")
+    before = files(Path("c"))
+    assert {s.source for s in read_summary(Path("c")).splits} == {"code", "docs", "pictures"}
+    assert say(capsys, "data build quickstart_mm -o c")[0] == 0
+    assert say(capsys, "data build quickstart -o c")[0] == 0
+    assert files(Path("c")) == before
