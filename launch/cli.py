@@ -31,9 +31,6 @@ _NOT_YET = {
     "checkpoint inspect": "list tensors",
     "checkpoint verify": "check hashes",
     "doctor": "check environment, backends and collectives",
-    "data index": "index shards",
-    "data verify": "check shards",
-    "data stats": "count documents and tokens",
 }
 
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import webdataset
 
 import data.pictures_corpus
 from data.build import read_summary
@@ -113,6 +114,12 @@ def test_everything_that_is_wrong_is_said_before_work_starts(
         ("data convert c d --to webdataset", "--tokenizer: needed for --to webdataset"),
         ("data convert in/x d --to megatron", "there is no"),
         ("data convert c d", "the following arguments are required: --to"),
+        ("data stats nowhere", "has no manifest.json"),
+        ("data verify nowhere", "has no manifest.json"),
+        ("data stats c --sample 3", "--sample: is of a step; add --step T"),
+        ("data stats c --step 3", "c: holds no run (no recipe.yaml); --step is of a run"),
+        ("data index in", "the following arguments are required: --tokenizer"),
+        ("data index in --tokenizer no.json", "in: "),
         ("data build c --jsno x", "unrecognized: --jsno"),
     ],
 )
@@ -149,6 +156,43 @@ def test_the_command_line_starts_without_heavy_imports() -> None:
     assert done.stdout == "[]\n"
 
 
+def test_verify_and_stats_of_what_was_built(capsys: pytest.CaptureFixture[str]) -> None:
+    line = "data build c --source words --text in --extensions txt --vocab-size 270 --held-out 0.3"
+    assert say(capsys, line)[0] == 0
+    code, out, _ = say(capsys, "data verify c --json")
+    assert (code, json.loads(out)) == (0, {"ok": True, "problems": []})
+    code, out, _ = say(capsys, "data stats c/words --json")
+    assert (code, json.loads(out)["splits"][-1]["documents"]) == (0, 30)
+    code, out, _ = say(capsys, "data stats c")
+    assert (code, "words" in out) == (0, True)
+    tar = Path("c/words/train/shard-000000.tar")
+    raw = bytearray(tar.read_bytes())
+    raw[1100] ^= 1
+    tar.write_bytes(raw)
+    code, out, _ = say(capsys, "data verify c --json")
+    answer = json.loads(out)
+    assert (code, answer["ok"]) == (1, False)
+    assert answer["problems"][0]["shard"] == "shard-000000.tar"
+    assert say(capsys, "data verify c")[0] == 1
+    tar.write_bytes(raw[:-512])
+    code, _, err = say(capsys, "data stats c")
+    assert (code, "mneme data verify c names all of it" in err) == (1, True)
+
+
+def test_shards_of_others_are_indexed(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("theirs").mkdir()
+    with webdataset.TarWriter("theirs/a.tar") as writer:
+        for i in range(3):
+            writer.write({"__key__": f"s{i}", "txt": " ".join(WORDS)})
+    tokenizer = tokenizer_file(Path())
+    code, out, _ = say(capsys, f"data index theirs --tokenizer {tokenizer} --source other")
+    assert (code, out.splitlines()[0][:26]) == (0, "source other: 3 documents,")
+    tar = Path("theirs/a.tar")
+    tar.write_bytes(tar.read_bytes()[:1500])
+    code, _, err = say(capsys, f"data index theirs --tokenizer {tokenizer}")
+    assert (code, "restore these from a copy" in err) == (1, True)
+
+
 @pytest.mark.slow
 def test_pictures_are_added_to_the_quickstart_corpus(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -159,6 +203,7 @@ def test_pictures_are_added_to_the_quickstart_corpus(
     assert (code, out) == (0, "corpus: c; next: mneme train v4_nano_mm\n")
     before = files(Path("c"))
     assert {s.source for s in read_summary(Path("c")).splits} == {"code", "docs", "pictures"}
+    assert say(capsys, "data verify c --decode")[0] == 0
     assert say(capsys, "data build quickstart_mm -o c")[0] == 0
     assert say(capsys, "data build quickstart -o c")[0] == 0
     assert files(Path("c")) == before
