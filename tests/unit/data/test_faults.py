@@ -81,9 +81,12 @@ def test_the_loader_gives_every_document_but_the_damaged(tmp_path: Path, name: s
         data_size=1,
     )
     ids: list[int] = []
-    with pytest.raises(NoDocumentsLeftError, match=r"data\.sources\.code\.epochs=1: lane 0 has no"):
+    try:
         for batch, _ in loader:
             ids += batch.input_ids.flatten().tolist()
+    except NoDocumentsLeftError as error:
+        ended = str(error)
+    assert ended.startswith("data.sources.code.epochs=1: lane 0 has no document left")
     while ids[-1] == 0:  # padding
         ids.pop()
     raw = b"".join(number.to_bytes(2, "little") for number in ids)
@@ -120,7 +123,8 @@ def test_a_file_that_goes_while_it_is_open(tmp_path: Path, monkeypatch: pytest.M
     real, reads = os.pread, []
 
     def pread(file: int, size: int, start: int) -> bytes:
-        if Path(os.readlink(f"/proc/self/fd/{file}").removesuffix(" (deleted)")) == tar:
+        opened = str(Path(f"/proc/self/fd/{file}").readlink())
+        if opened.removesuffix(" (deleted)") == str(tar):
             reads.append(start)
             if len(reads) > 20:
                 tar.unlink(missing_ok=True)
