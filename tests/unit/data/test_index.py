@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.index import ShardIndex, build_index, index_path
+from data.index import ShardIndex, index_path
+from data.indexing import build_index
 from data.tars import CorruptShardError, split_name
 
 BLOCK = 512
