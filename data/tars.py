@@ -53,6 +53,11 @@ def split_name(name: str) -> tuple[str, str]:
     return folder + slash + stem, extension
 
 
+def printable(name: str) -> str:
+    """A name in a tar for the terminal: characters that could control it become escapes."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
+
+
 def padded(size: int) -> int:
     """Bytes that a payload takes in the tar."""
     return -(-size // BLOCK) * BLOCK

@@ -13,6 +13,7 @@ from typing import Any
 from data.index import INDEX_SUFFIX, TOKENS_SUFFIX
 from data.processes import work_through
 from data.shards import MANIFEST_NAME, SPLITS, Manifest, corpus_fingerprint, file_sha256
+from data.tars import printable
 from data.verify_shard import RESTORE, Problem, ShardCheck, check_shard
 
 __all__ = ["Problem", "format_problems", "plain_problems", "verify"]
@@ -86,21 +87,17 @@ def format_problems(problems: Sequence[Problem]) -> str:
     lines = [f"{len(problems)} problems"]
     for p in problems:
         place = ", ".join(
-            f"{what} {_printable(name)}"
+            f"{what} {printable(name)}"
             for what, name in (("source", p.source), ("shard", p.shard), ("key", p.key))
             if name
         )
-        lines.append(f"  {place}: {_printable(p.problem)}; {_printable(p.fix)}")
+        lines.append(f"  {place}: {printable(p.problem)}; {printable(p.fix)}")
     return "\n".join(lines)
 
 
 def plain_problems(problems: Sequence[Problem]) -> dict[str, Any]:
     """For `--json`."""
     return {"ok": not problems, "problems": [asdict(problem) for problem in problems]}
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _missing_parts(folder: Path, parts: Sequence[Part]) -> Iterator[Problem]:

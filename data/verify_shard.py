@@ -19,7 +19,10 @@ from data.shards import Manifest, ShardEntry, file_sha256, shard_counts
 from data.tars import CorruptShardError, ends_at, padded, read_headers, split_name
 
 _READ_BYTES = 2**20
-RESTORE = "restore it from a copy, or make it again"
+RESTORE = (
+    "restore it from a copy, or make it again: `mneme data build`, or `mneme data index` for shards that "
+    "others wrote"
+)
 
 
 @dataclass(frozen=True, slots=True)
