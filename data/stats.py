@@ -180,8 +180,8 @@ def _lowest(place: int) -> int:
 
 
 def _bytes(size: int) -> str:
-    power = min(4, max(0, (len(str(size)) - 1) // 3))
-    return f"{size / 1000**power:,.4g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
+    power = min(5, (len(str(size)) - 1) // 3)
+    return f"{size / 1000**power:,.4g} {('B', 'kB', 'MB', 'GB', 'TB', 'PB')[power]}"
 
 
 def _aligned(table: Sequence[Sequence[str]]) -> Iterator[str]:
