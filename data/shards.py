@@ -144,9 +144,17 @@ class Manifest:
         path = folder / MANIFEST_NAME
         if not path.is_file():
             raise ValueError(f"{key}: there is no {path.absolute()}; {HOW_TO_BUILD}")
-        remedy = f"remove the corpus and {HOW_TO_BUILD}"
+        return Manifest.parse(path.read_bytes(), where=str(path.absolute()), key=key)
+
+    @staticmethod
+    def parse(text: bytes, *, where: str, key: str) -> "Manifest":
+        """The manifest whose file holds `text`; `where` and `key` name it in errors.
+
+        Raises:
+            ValueError: it is damaged or of another version.
+        """
         try:
-            fields = json.loads(path.read_bytes())
+            fields = json.loads(text)
             version = fields.pop("version", None)
             if version != _MANIFEST_VERSION:
                 raise ValueError(f"of version {version}, not {_MANIFEST_VERSION}")
@@ -156,7 +164,8 @@ class Manifest:
             return Manifest(**fields, shards=shards)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{key}: {path.absolute()} is no manifest that can be used ({error}); {remedy}"
+                f"{key}: {where} is no manifest that can be used ({error}); remove the corpus and "
+                f"{HOW_TO_BUILD}"
             ) from error
 
 

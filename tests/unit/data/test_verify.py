@@ -1,5 +1,6 @@
 """Whatever is damaged, verify names it, and nothing that is whole."""
 
+import io
 import json
 import os
 import re
@@ -12,7 +13,8 @@ import numpy as np
 import pytest
 
 import data.processes
-from data.index import index_path
+from data.foreign import index_folder
+from data.index import index_path, tokens_path
 from data.shards import (
     MANIFEST_NAME,
     Manifest,
@@ -21,6 +23,7 @@ from data.shards import (
     corpus_fingerprint,
     write_split,
 )
+from data.tokenizer import train_tokenizer
 from data.verify import Problem, format_problems, plain_problems, verify
 from tests.unit.data.media_samples import clip, image
 
@@ -301,3 +304,32 @@ def test_names_cannot_write_to_the_terminal() -> None:
     text = format_problems([problem])
     assert "key \\x1b[2J\\nkey \u6f22: is damaged; restore it" in text
     assert plain_problems([problem])["problems"][0]["key"] == problem.key
+
+
+def test_token_files_beside_the_shards_are_checked(tmp_path: Path) -> None:
+    """Of shards that others wrote."""
+    tokenizer = tmp_path / "tokenizer.json"
+    texts = [f"the number {i} and more words" for i in range(12)]
+    train_tokenizer(texts, 265, progress=False).save(str(tokenizer))
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    for shard in range(4):
+        with tarfile.open(folder / f"{shard}.tar", "w") as archive:
+            for i in range(3):
+                info = tarfile.TarInfo(f"{shard}{i}.txt")
+                info.size = len(texts[i])
+                archive.addfile(info, io.BytesIO(texts[i].encode()))
+    index_folder(folder, tokenizer=tokenizer, source="theirs", progress=False)
+    assert found(folder) == []
+    paths = [tokens_path(folder / f"{shard}.tar") for shard in range(4)]
+    size = paths[0].stat().st_size
+    overwrite(paths[0], size - 2, b"\xee")
+    os.truncate(paths[1], size // 2)
+    paths[2].write_bytes(b"")
+    paths[3].unlink()
+    problems = found(folder)
+    assert problems[0] == ("0.tar.tokens", "02", "token ids are not what was written (CRC-32)")
+    names = [(name, key) for name, key, _ in problems]
+    assert names[1:4] == [("1.tar.tokens", key) for key in ("", "11", "12")]
+    assert names[4:8] == [("2.tar.tokens", key) for key in ("", "20", "21", "22")]
+    assert problems[8:] == [("3.tar.tokens", "", "is missing")]
