@@ -19,7 +19,6 @@ import data.foreign
 import data.processes
 from data.foreign import format_report, index_folder, read_report
 from data.index import ShardIndex, index_path, tokens_path
-from data.reader import SplitReader
 from data.shards import Manifest
 from data.tars import CorruptShardError, TarMember, read_samples
 from data.tokenizer import train_tokenizer
@@ -162,10 +161,7 @@ def test_interleaved_documents_and_parts_of_clips(tmp_path: Path, tokenizer: Pat
     assert read_report(tar.parent).ignored == {"1.jpg": 1}
 
 
-def test_own_shards_of_others_formats_are_read_by_the_reader(
-    tmp_path: Path, tokenizer: Path
-) -> None:
-    """Token ids beside the tar go through the same reader."""
+def test_text_alone_needs_no_marker(tmp_path: Path, tokenizer: Path) -> None:
     folder = tmp_path / "theirs"
     for shard in range(3):
         webdataset_shard(
@@ -173,12 +169,12 @@ def test_own_shards_of_others_formats_are_read_by_the_reader(
             [{"__key__": f"k{shard}{i}", "txt": " ".join(WORDS[: i + 1])} for i in range(4)],
         )
     manifest = index(folder, tokenizer)
-    reader = SplitReader(tmp_path, source="theirs", split="theirs")
-    assert manifest.media_token_id is None
-    loaded = Tokenizer.from_file(str(tokenizer))
+    assert (manifest.media_token_id, manifest.samples) == (None, 12)
+    assert [shard.name for shard in manifest.shards] == ["0.tar", "1.tar", "2.tar"]
     for document in range(12):
-        ids = reader.tokens(document).tolist()
-        assert loaded.decode(ids[:-1]) == " ".join(WORDS[: document % 4 + 1])
+        tar = folder / f"{document // 4}.tar"
+        assert ShardIndex.open(tar).key(document % 4) == f"k{document // 4}{document % 4}"
+        assert texts(tar, document % 4, tokenizer) == [" ".join(WORDS[: document % 4 + 1])]
 
 
 BAD_SEQ = json.dumps({"seq": [{"img": "7.jpg"}]}).encode()
