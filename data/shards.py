@@ -22,12 +22,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.index import (
+    MEDIUM_KINDS,
     TOKEN_DTYPES,
     MediumKind,
     ShardIndex,
-    build_index,
     index_path,
 )
+from data.indexing import build_index
 from data.tars import CorruptShardError
 
 MANIFEST_NAME = "manifest.json"
@@ -141,7 +142,7 @@ class Manifest:
         """Read `folder`/manifest.json; `key` is the config path that errors name.
 
         Raises:
-            ValueError: there is none, or of another version.
+            ValueError: there is none, it is damaged or of another version.
         """
         path = folder / MANIFEST_NAME
         if not path.is_file():
@@ -153,16 +154,22 @@ class Manifest:
         """The manifest whose file holds `text`; `where` and `key` name it in errors.
 
         Raises:
-            ValueError: it is of another version.
+            ValueError: it is damaged or of another version.
         """
-        fields = json.loads(text)
-        if fields.pop("version", None) != _MANIFEST_VERSION:
+        try:
+            fields = json.loads(text)
+            version = fields.pop("version", None)
+            if version != _MANIFEST_VERSION:
+                raise ValueError(f"of version {version}, not {_MANIFEST_VERSION}")
+            shards = tuple(ShardEntry(**shard) for shard in fields.pop("shards"))
+            if any(Path(shard.name).name != shard.name for shard in shards):
+                raise ValueError("names a shard in another folder")
+            return Manifest(**fields, shards=shards)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{key}: {where} is not a manifest of version {_MANIFEST_VERSION}; "
-                f"remove the corpus and {HOW_TO_BUILD}"
-            )
-        shards = tuple(ShardEntry(**shard) for shard in fields.pop("shards"))
-        return Manifest(**fields, shards=shards)
+                f"{key}: {where} is no manifest that can be used ({error}); remove the corpus and "
+                f"{HOW_TO_BUILD}"
+            ) from error
 
 
 def write_split(
@@ -200,8 +207,9 @@ def write_split(
     folder.mkdir(parents=True)
     extension = "u16" if vocab_size <= 2**16 else "u32"
     written = 0
+    # A whole number: another would take two more blocks before each member.
     with ShardWriter(
-        str(folder / "shard-%06d.tar"), maxsize=max_shard_bytes, verbose=0, mtime=0.0
+        str(folder / "shard-%06d.tar"), maxsize=max_shard_bytes, verbose=0, mtime=0
     ) as writer:
         for sample in samples:
             _check_media(sample, media_token_id)
@@ -280,20 +288,27 @@ def file_sha256(path: Path, *, key: str) -> str:
 
 def shard_entry(tar: Path, index: ShardIndex) -> ShardEntry:
     """Describe a shard whose index is written."""
-    videos = index.media_kind == 1
-    pixels = index.media_width.astype(np.uint64) * index.media_height * index.media_frames
     return ShardEntry(
         name=tar.name,
         bytes=index.tar_bytes,
         sha256=file_sha256(tar, key=str(tar)),
         index_sha256=file_sha256(index_path(tar), key=str(index_path(tar))),
-        samples=len(index),
-        tokens=int(index.num_tokens.sum()),
-        images=int((~videos).sum()),
-        videos=int(videos.sum()),
-        pixels=int(pixels.sum()),
-        frames=int(index.media_frames[videos].sum(dtype=np.uint64)),
+        **shard_counts(index),
     )
+
+
+def shard_counts(index: ShardIndex) -> dict[str, int]:
+    """The counts of a `ShardEntry`."""
+    videos = index.media_kind == MEDIUM_KINDS.index("video")
+    pixels = index.media_width.astype(np.uint64) * index.media_height * index.media_frames
+    return {
+        "samples": len(index),
+        "tokens": int(index.num_tokens.sum()),
+        "images": int((~videos).sum()),
+        "videos": int(videos.sum()),
+        "pixels": int(pixels.sum()),
+        "frames": int(index.media_frames[videos].sum(dtype=np.uint64)),
+    }
 
 
 def _index_shard(tar: Path, media_token_id: int | None) -> ShardEntry:
