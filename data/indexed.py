@@ -98,6 +98,11 @@ class IndexedDocuments:
         """Number of documents."""
         return len(self._bounds) - 1 if self._numbers is None else len(self._numbers)
 
+    @property
+    def tokens(self) -> int:
+        """Of all documents."""
+        return int(self._lengths.sum(dtype=np.int64))
+
     def num_tokens(self, document: int) -> int:
         """Length of a document in tokens, from the index alone."""
         return int(self._lengths[self._sequences(document)].sum(dtype=np.int64))
@@ -152,8 +157,8 @@ class IndexedDocuments:
 
 
 def is_indexed(path: str) -> bool:
-    """Whether a path is the prefix of such a corpus."""
-    return _beside(Path(path), ".idx").is_file()
+    """Whether a path is the prefix of such a corpus, here on this machine."""
+    return Path(path + ".idx").is_file()
 
 
 def _beside(prefix: Path, ending: str) -> Path:

@@ -130,9 +130,7 @@ def _index(options: argparse.Namespace) -> int:
     from data.tars import CorruptShardError  # noqa: PLC0415
 
     try:
-        manifest = index_folder(
-            options.folder, tokenizer=options.tokenizer, source=options.source
-        )
+        manifest = index_folder(options.folder, tokenizer=options.tokenizer, source=options.source)
     except CorruptShardError as error:
         print(error, file=sys.stderr)
         return FOUND_PROBLEMS

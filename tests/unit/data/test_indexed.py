@@ -2,6 +2,8 @@
 
 import pickle
 import warnings
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +11,16 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+from data.config import DataConfig, SourceConfig
 from data.content import Documents
 from data.convert import to_megatron, to_webdataset
 from data.faults import DamagedSampleError
 from data.indexed import IndexedDocuments, is_indexed
+from data.loader import build_loader
 from data.shards import Manifest
+from data.sources import open_sources, supply_problem, vocab_size
 from data.tars import CorruptShardError
-from tests.unit.data.imports import WORDS, build, samples, tokenizer_file
+from tests.unit.data.imports import VOCAB_SIZE, WORDS, build, samples, tokenizer_file
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -126,6 +131,36 @@ def test_there_and_back(tmp_path: Path) -> None:
         "all",
         Tokenizer.from_file(str(tokenizer)).get_vocab_size(),
     )
+
+
+def test_a_recipe_trains_on_it(tmp_path: Path) -> None:
+    """With a share held out, chosen by hash; batches hold the documents' tokens."""
+    source = corpus(tmp_path)
+    to_megatron(source, tmp_path / "new", split="train", progress=False)
+    config = DataConfig(
+        sources={"c": SourceConfig(path=str(tmp_path / "new"), held_out=0.25)},
+        tokenizer=str(tokenizer_file(tmp_path)),
+        sequence_length=16,
+        prefetch_batches=0,
+    )
+    opened = {split: open_sources(config, split=split)["c"] for split in ("train", "validation")}
+    everything = IndexedDocuments(tmp_path / "new", source="c", vocab_size=VOCAB_SIZE)
+    keys = [found.place(i)[1] for found in opened.values() for i in range(len(found.documents))]
+    assert sorted(keys) == sorted(everything.place(i)[1] for i in range(len(everything)))
+    assert len(opened["validation"].documents) == round(0.25 * len(everything))
+    assert vocab_size(config) == VOCAB_SIZE
+    once = replace(config, sources={"c": replace(config.sources["c"], epochs=1)})
+    assert supply_problem(once, everything.tokens) is None
+    problem = supply_problem(once, everything.tokens + 1)
+    assert problem is not None
+    assert f"epochs=1 x {everything.tokens} tokens" in problem
+    loader = build_loader(
+        config, split="train", seed=0, global_batch_size=2, data_rank=0, data_size=1
+    )
+    known = b"".join(everything.read(i).tokens.tobytes() for i in range(len(everything)))
+    for batch, _ in islice(loader, 5):
+        for row in batch.input_ids.numpy().astype(np.uint16):
+            assert row[:3].tobytes() in known
 
 
 def test_conversions_that_cannot_be_are_refused(tmp_path: Path) -> None:
