@@ -7,7 +7,7 @@ interrupted build leaves nothing that could be taken for a corpus.
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -83,20 +83,34 @@ def find_corpus(destination: Path, vocab_size: int) -> CorpusSummary | None:
     if not destination.exists() or (destination.is_dir() and not any(destination.iterdir())):
         return None
     remedy = "remove it or choose another folder"
-    path = destination / SUMMARY_NAME
-    if not path.is_file():
+    if not (destination / SUMMARY_NAME).is_file():
         raise ValueError(f"{destination.absolute()}: exists and is not a corpus; {remedy}")
-    fields = json.loads(path.read_text())
-    splits = tuple(SplitSummary(**split) for split in fields.pop("splits"))
-    summary = CorpusSummary(**fields, destination=str(destination), splits=splits)
+    summary = read_summary(destination)
     if summary.vocab_size != vocab_size:
         raise ValueError(
             f"{destination.absolute()}: holds a corpus with vocab_size={summary.vocab_size}, not "
             f"{vocab_size}; {remedy}"
         )
-    if _fingerprint(destination, {split.source for split in splits}) != summary.fingerprint:
+    sources = {split.source for split in summary.splits}
+    if _fingerprint(destination, sources) != summary.fingerprint:
         raise ValueError(f"{destination.absolute()}: changed since it was built; {remedy}")
     return summary
+
+
+def read_summary(corpus: Path) -> CorpusSummary:
+    """What corpus.json says."""
+    fields = json.loads((corpus / SUMMARY_NAME).read_text())
+    splits = tuple(SplitSummary(**split) for split in fields.pop("splits"))
+    return CorpusSummary(**fields, destination=str(corpus), splits=splits)
+
+
+def write_summary(corpus: Path, summary: CorpusSummary) -> None:
+    """Write corpus.json, whole or not at all."""
+    fields = asdict(summary)
+    del fields["destination"]  # a corpus may be moved
+    partial = corpus / f"{SUMMARY_NAME}.partial"
+    partial.write_text(json.dumps(fields, indent=1) + "\n")
+    partial.replace(corpus / SUMMARY_NAME)
 
 
 def build_corpus(
@@ -123,7 +137,9 @@ def build_corpus(
             for split, part in _split(_collect(name, source, skipped, progress)).items()
         }
         train = [d.text for (_, split), part in documents.items() if split == "train" for d in part]
-        train_tokenizer(train, vocab_size, progress).save(str(work / "tokenizer.json"))
+        train_tokenizer(train, vocab_size, progress, length=len(train)).save(
+            str(work / "tokenizer.json")
+        )
         manifests = [
             _write(
                 part,
@@ -134,10 +150,8 @@ def build_corpus(
             )
             for (name, split), part in documents.items()
         ]
-        summary = _summarize(work, manifests, destination, vocab_size, skipped)
-        fields = asdict(summary)
-        del fields["destination"]  # a corpus may be moved
-        (work / SUMMARY_NAME).write_text(json.dumps(fields, indent=1) + "\n")
+        summary = summarize(work, destination, manifests, skipped)
+        write_summary(work, summary)
         work.rename(destination)
     return summary
 
@@ -204,28 +218,39 @@ def _write(
     )
 
 
-def _summarize(
-    work: Path,
-    manifests: list[Manifest],
+def summarize(
+    corpus: Path,
     destination: Path,
-    vocab_size: int,
-    skipped: Counter[str],
+    manifests: Sequence[Manifest],
+    skipped: Mapping[str, int],
+    before: CorpusSummary | None = None,
 ) -> CorpusSummary:
+    """Describe a corpus.
+
+    Args:
+        corpus: where its folders are now.
+        destination: where they will be.
+        manifests: of the sources that are new in it.
+        skipped: what was left out of them.
+        before: the corpus without them; None: they are all.
+    """
+    splits = before.splits if before else ()
+    splits += tuple(
+        SplitSummary(
+            source=manifest.source,
+            split=manifest.split,
+            documents=manifest.samples,
+            tokens=manifest.tokens,
+            shards=len(manifest.shards),
+        )
+        for manifest in manifests
+    )
     return CorpusSummary(
         destination=str(destination),
-        fingerprint=_fingerprint(work, {manifest.source for manifest in manifests}),
-        vocab_size=vocab_size,
-        splits=tuple(
-            SplitSummary(
-                source=manifest.source,
-                split=manifest.split,
-                documents=manifest.samples,
-                tokens=manifest.tokens,
-                shards=len(manifest.shards),
-            )
-            for manifest in manifests
-        ),
-        skipped=dict(sorted(skipped.items())),
+        fingerprint=_fingerprint(corpus, {split.source for split in splits}),
+        vocab_size=manifests[0].vocab_size,
+        splits=splits,
+        skipped=dict(sorted({**(before.skipped if before else {}), **skipped}.items())),
     )
 
 

@@ -12,8 +12,9 @@ marker for each image or clip.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.index import (
+    MEDIUM_KINDS,
     TOKEN_DTYPES,
     MediumKind,
     ShardIndex,
-    build_index,
     index_path,
 )
+from data.indexing import build_index
 from data.tars import CorruptShardError
 
 MANIFEST_NAME = "manifest.json"
@@ -54,13 +56,15 @@ class SampleMedium:
     """Frames per second; 0 for images."""
     first_frame: int = 0
     """First frame of the file that counts."""
+    same_file: bool = False
+    """It is another part of the medium before it, whose file is stored once."""
 
     def member(self, number: int) -> str:
-        """Extension of its member, as the `number`-th medium of its document."""
+        """Extension of its member, as the `number`-th file of its document."""
         return f"m{number}.{self.extension}"
 
     def part(self, number: int) -> dict[str, Any]:
-        """What `seq` in the document's metadata says of it, as its `number`-th medium."""
+        """What `seq` in the document's metadata says of it, in the `number`-th file."""
         size = {"w": self.width, "h": self.height}
         if self.kind == "image":
             return {"img": self.member(number), **size}
@@ -138,7 +142,7 @@ class Manifest:
         """Read `folder`/manifest.json; `key` is the config path that errors name.
 
         Raises:
-            ValueError: there is none, or of another version.
+            ValueError: there is none, it is damaged or of another version.
         """
         path = folder / MANIFEST_NAME
         if not path.is_file():
@@ -150,16 +154,22 @@ class Manifest:
         """The manifest whose file holds `text`; `where` and `key` name it in errors.
 
         Raises:
-            ValueError: it is of another version.
+            ValueError: it is damaged or of another version.
         """
-        fields = json.loads(text)
-        if fields.pop("version", None) != _MANIFEST_VERSION:
+        try:
+            fields = json.loads(text)
+            version = fields.pop("version", None)
+            if version != _MANIFEST_VERSION:
+                raise ValueError(f"of version {version}, not {_MANIFEST_VERSION}")
+            shards = tuple(ShardEntry(**shard) for shard in fields.pop("shards"))
+            if any(Path(shard.name).name != shard.name for shard in shards):
+                raise ValueError("names a shard in another folder")
+            return Manifest(**fields, shards=shards)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{key}: {where} is not a manifest of version {_MANIFEST_VERSION}; "
-                f"remove the corpus and {HOW_TO_BUILD}"
-            )
-        shards = tuple(ShardEntry(**shard) for shard in fields.pop("shards"))
-        return Manifest(**fields, shards=shards)
+                f"{key}: {where} is no manifest that can be used ({error}); remove the corpus and "
+                f"{HOW_TO_BUILD}"
+            ) from error
 
 
 def write_split(
@@ -197,8 +207,9 @@ def write_split(
     folder.mkdir(parents=True)
     extension = "u16" if vocab_size <= 2**16 else "u32"
     written = 0
+    # A whole number: another would take two more blocks before each member.
     with ShardWriter(
-        str(folder / "shard-%06d.tar"), maxsize=max_shard_bytes, verbose=0, mtime=0.0
+        str(folder / "shard-%06d.tar"), maxsize=max_shard_bytes, verbose=0, mtime=0
     ) as writer:
         for sample in samples:
             _check_media(sample, media_token_id)
@@ -207,7 +218,7 @@ def write_split(
                 {
                     "__key__": sample.key,
                     "json": json.dumps({"source": source, **sample.metadata}),
-                    **{m.member(i): m.payload for i, m in enumerate(sample.media)},
+                    **{m.member(i): m.payload for i, m in files(sample.media)},
                     **({"txt": sample.text} if sample.text else {}),
                     extension: sample.tokens.astype(TOKEN_DTYPES[extension]).tobytes(),
                 }
@@ -229,6 +240,12 @@ def write_split(
         raise CorruptShardError(f"{folder}: wrote {written} samples, read back {manifest.samples}")
     manifest.write(folder)
     return manifest
+
+
+def files(media: Sequence[SampleMedium]) -> Iterator[tuple[int, SampleMedium]]:
+    """Yield each medium of a document with the number of its file."""
+    numbers = accumulate(int(number > 0 and not m.same_file) for number, m in enumerate(media))
+    return zip(numbers, media, strict=True)
 
 
 def split_folders(source: Path) -> dict[str, Path]:
@@ -271,20 +288,27 @@ def file_sha256(path: Path, *, key: str) -> str:
 
 def shard_entry(tar: Path, index: ShardIndex) -> ShardEntry:
     """Describe a shard whose index is written."""
-    videos = index.media_kind == 1
-    pixels = index.media_width.astype(np.uint64) * index.media_height * index.media_frames
     return ShardEntry(
         name=tar.name,
         bytes=index.tar_bytes,
         sha256=file_sha256(tar, key=str(tar)),
         index_sha256=file_sha256(index_path(tar), key=str(index_path(tar))),
-        samples=len(index),
-        tokens=int(index.num_tokens.sum()),
-        images=int((~videos).sum()),
-        videos=int(videos.sum()),
-        pixels=int(pixels.sum()),
-        frames=int(index.media_frames[videos].sum(dtype=np.uint64)),
+        **shard_counts(index),
     )
+
+
+def shard_counts(index: ShardIndex) -> dict[str, int]:
+    """The counts of a `ShardEntry`."""
+    videos = index.media_kind == MEDIUM_KINDS.index("video")
+    pixels = index.media_width.astype(np.uint64) * index.media_height * index.media_frames
+    return {
+        "samples": len(index),
+        "tokens": int(index.num_tokens.sum()),
+        "images": int((~videos).sum()),
+        "videos": int(videos.sum()),
+        "pixels": int(pixels.sum()),
+        "frames": int(index.media_frames[videos].sum(dtype=np.uint64)),
+    }
 
 
 def _index_shard(tar: Path, media_token_id: int | None) -> ShardEntry:
@@ -298,7 +322,7 @@ def _check_media(sample: Sample, media_token_id: int | None) -> None:
     parts = [part for part in sample.metadata.get("seq", ()) if "t" not in part]
     if sample.media and media_token_id is None:
         raise ValueError(f"key {sample.key}: has media; give write_split a media_token_id")
-    if parts != [medium.part(number) for number, medium in enumerate(sample.media)]:
+    if parts != [medium.part(number) for number, medium in files(sample.media)]:
         raise ValueError(f"key {sample.key}: metadata.seq must list its media; use part()")
     markers = 0 if media_token_id is None else int((sample.tokens == media_token_id).sum())
     if markers != len(sample.media):

@@ -13,10 +13,12 @@ from typing import TypeAlias
 
 from data.config import DataConfig, FaultConfig, SourceConfig
 from data.content import Content, Documents
+from data.indexed import IndexedDocuments, is_indexed
 from data.order import permute, round_keys, skip_held_out
 from data.reader import SplitReader, read_manifest
 from data.shards import MANIFEST_NAME, SPLITS, WITHOUT_SPLITS, Manifest, file_sha256
 from data.storage import Folder, inside, open_folder
+from data.tokenizer import read_vocabulary
 
 Pictures: TypeAlias = Callable[[SplitReader], Documents]
 """Makes documents of a corpus that holds images or clips."""
@@ -86,12 +88,33 @@ def open_source(
         pictures: see `open_sources`, like the errors.
     """
     source = config.sources[name]
-    splits = _splits(source.path, config.faults)
-    if WITHOUT_SPLITS in splits and source.held_out is None and split != "train":
+    if is_indexed(source.path):
+        stored = WITHOUT_SPLITS
+        indexed = _open_indexed(name, config)
+        opened = Source(documents=indexed, place=indexed.place)
+    else:
+        stored = WITHOUT_SPLITS if WITHOUT_SPLITS in _splits(source.path, config.faults) else split
+        opened = _open_shards(name, config, stored=stored, tokenizer=tokenizer, pictures=pictures)
+    if stored == WITHOUT_SPLITS and source.held_out is None and split != "train":
         return None
-    stored = WITHOUT_SPLITS if WITHOUT_SPLITS in splits else split
-    reader = SplitReader(source.path, source=name, split=stored, faults=config.faults)
-    key = f"data.sources.{name}.path={source.path}"
+    chosen = _choice(name, source, len(opened.documents), stored, split)
+    return opened if chosen is None else _restrict(opened, *chosen)
+
+
+def _open_indexed(name: str, config: DataConfig) -> IndexedDocuments:
+    return IndexedDocuments(
+        Path(config.sources[name].path),
+        source=name,
+        vocab_size=read_vocabulary(Path(config.tokenizer)).size,
+    )
+
+
+def _open_shards(
+    name: str, config: DataConfig, *, stored: str, tokenizer: str, pictures: Pictures | None
+) -> Source:
+    path = config.sources[name].path
+    reader = SplitReader(path, source=name, split=stored, faults=config.faults)
+    key = f"data.sources.{name}.path={path}"
     if reader.manifest.tokenizer_sha256 != tokenizer:
         raise ValueError(
             f"data.tokenizer={config.tokenizer}: {key} holds token ids of another tokenizer; use the "
@@ -105,10 +128,7 @@ def open_source(
                 "vision, or leave the source out"
             )
         documents = pictures(reader)
-    chosen = _choice(name, source, len(reader), stored, split)
-    if chosen is None:
-        return Source(documents=documents, place=reader.place)
-    return _restrict(Source(documents=documents, place=reader.place), *chosen)
+    return Source(documents=documents, place=reader.place)
 
 
 def fingerprint(config: DataConfig) -> str:
@@ -121,7 +141,7 @@ def fingerprint(config: DataConfig) -> str:
     digest = hashlib.sha256(file_sha256(Path(config.tokenizer), key="data.tokenizer").encode())
     for name, source in sorted(config.sources.items()):
         key = f"data.sources.{name}.path"
-        if _is_indexed(source.path):
+        if is_indexed(source.path):
             sidecar, payload = (Path(source.path + suffix) for suffix in (".idx", ".bin"))
             size = payload.stat().st_size
             digest.update(f"{name} {size} {file_sha256(sidecar, key=key)}".encode())
@@ -140,7 +160,7 @@ def vocab_size(config: DataConfig) -> int:
         ValueError: a manifest is missing.
         UnreadableError: the storage fails.
     """
-    return max(manifest.vocab_size for _, manifest in _training_manifests(config))
+    return max(size for _, size, _ in _training_sizes(config))
 
 
 def supply_problem(config: DataConfig, tokens: int) -> str | None:
@@ -160,12 +180,12 @@ def supply_problem(config: DataConfig, tokens: int) -> str | None:
     if config.packing != "concat_split" or None in limits.values():
         return None
     supply, terms = 0, []
-    for name, manifest in _training_manifests(config):
-        if manifest.media_token_id is not None:
+    for name, _, number in _training_sizes(config):
+        if number is None:
             return None
         if epochs := limits.get(name):
-            supply += manifest.tokens * epochs
-            terms.append(f"data.sources.{name}.epochs={epochs} x {manifest.tokens} tokens")
+            supply += number * epochs
+            terms.append(f"data.sources.{name}.epochs={epochs} x {number} tokens")
     if supply >= tokens:
         return None
     return (
@@ -174,11 +194,30 @@ def supply_problem(config: DataConfig, tokens: int) -> str | None:
     )
 
 
-def _training_manifests(config: DataConfig) -> Iterator[tuple[str, Manifest]]:
+def training_manifests(config: DataConfig) -> Iterator[tuple[str, Manifest]]:
+    """Name and manifest of each source, of what it has for training.
+
+    Raises:
+        ValueError: a manifest is missing.
+        UnreadableError: the storage fails.
+    """
     for name, source in sorted(config.sources.items()):
+        if is_indexed(source.path):
+            continue
         folders = _splits(source.path, config.faults)
         folder = folders.get("train") or folders[WITHOUT_SPLITS]
         yield name, read_manifest(folder, f"data.sources.{name}.path={source.path}")
+
+
+def _training_sizes(config: DataConfig) -> Iterator[tuple[str, int, int | None]]:
+    """Name, size of the vocabulary and number of tokens, which is None where there are media."""
+    for name, manifest in training_manifests(config):
+        has_media = manifest.media_token_id is not None
+        yield name, manifest.vocab_size, None if has_media else manifest.tokens
+    for name, source in sorted(config.sources.items()):
+        if is_indexed(source.path):
+            vocabulary = read_vocabulary(Path(config.tokenizer))
+            yield name, vocabulary.size, _open_indexed(name, config).tokens
 
 
 def _splits(path: str, faults: FaultConfig) -> dict[str, Folder]:
@@ -252,8 +291,3 @@ class _Chosen:
 
     def read(self, document: int) -> Content:
         return self._documents.read(self._choose(document))
-
-
-def _is_indexed(path: str) -> bool:
-    """Whether a source is a megatron-core corpus: a prefix with .idx and .bin beside it."""
-    return Path(path + ".idx").is_file()

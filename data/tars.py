@@ -1,6 +1,6 @@
 """Reads a tar of samples from front to back, and notices what `tarfile` passes over in silence.
 
-`data.index` and `data.foreign` make indexes with this. Python's reader, and so every stock reader,
+`data.indexing` and `data.foreign` make indexes with this, `data.verify` compares. Python's reader, and so every stock reader,
 takes a damaged header and a cut between two members for the end of the archive.
 """
 
@@ -9,8 +9,9 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from io import BufferedIOBase
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, cast
 
 BLOCK = 512
 _READ_BYTES = 2**20
@@ -52,6 +53,11 @@ def split_name(name: str) -> tuple[str, str]:
     return folder + slash + stem, extension
 
 
+def printable(name: str) -> str:
+    """A name in a tar for the terminal: characters that could control it become escapes."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
+
+
 def padded(size: int) -> int:
     """Bytes that a payload takes in the tar."""
     return -(-size // BLOCK) * BLOCK
@@ -81,7 +87,7 @@ def read_samples(tar: Path, ignored: Counter[str] | None = None) -> Iterator[lis
             yield sample
 
 
-def _members(tar: Path, file: BinaryIO, ignored: Counter[str] | None) -> Iterator[TarMember]:
+def _members(tar: Path, file: BufferedIOBase, ignored: Counter[str] | None) -> Iterator[TarMember]:
     end, previous = 0, "the start"
     for info, stop in read_headers(tar, file):
         kind = _unusable(info)
@@ -100,7 +106,7 @@ def _members(tar: Path, file: BinaryIO, ignored: Counter[str] | None) -> Iterato
         raise CorruptShardError(f"{tar}: damaged or cut short after {previous}")
 
 
-def read_headers(tar: Path, file: BinaryIO) -> Iterator[tuple[tarfile.TarInfo, int]]:
+def read_headers(tar: Path, file: BufferedIOBase) -> Iterator[tuple[tarfile.TarInfo, int]]:
     """Yield each header from where the file stands, and where the next one is expected.
 
     Stops without an error where `tarfile` sees an end: compare with `ends_at`.
@@ -109,7 +115,7 @@ def read_headers(tar: Path, file: BinaryIO) -> Iterator[tuple[tarfile.TarInfo, i
         CorruptShardError: a header is damaged and `tarfile` says so.
     """
     try:
-        with tarfile.open(fileobj=file, mode="r:") as archive:
+        with tarfile.open(fileobj=cast(IO[bytes], file), mode="r:") as archive:
             while (info := archive.next()) is not None:
                 if info.size < 0:
                     raise CorruptShardError(f"{tar}, {info.name}: has {info.size} bytes")
@@ -121,7 +127,7 @@ def read_headers(tar: Path, file: BinaryIO) -> Iterator[tuple[tarfile.TarInfo, i
         raise CorruptShardError(f"{tar}: {error}") from error
 
 
-def ends_at(file: BinaryIO, position: int) -> bool:
+def ends_at(file: BufferedIOBase, position: int) -> bool:
     """Whether the archive ends there: with two or more blocks of zeros up to the end of the file."""
     file.seek(position)
     zeros = 0

@@ -14,6 +14,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import NoReturn
 
+from launch.data_command import add_data_actions
+
 WRONG_INPUT = 2
 
 _Run = Callable[[argparse.Namespace], int]
@@ -29,9 +31,6 @@ _NOT_YET = {
     "checkpoint inspect": "list tensors",
     "checkpoint verify": "check hashes",
     "doctor": "check environment, backends and collectives",
-    "data index": "index shards",
-    "data verify": "check shards",
-    "data stats": "count documents and tokens",
 }
 
 
@@ -132,12 +131,7 @@ def _add_recipes_and_runs(add: _Add) -> None:
 
 
 def _add_tools(add: _Add) -> None:
-    command = add(_data, "make shards to train on")
-    build = command.add_subparsers(metavar="ACTION", required=True).add_parser(
-        "build", help="make shards from files"
-    )
-    build.add_argument("corpus", metavar="CORPUS", choices=["quickstart"], help="quickstart")
-    build.add_argument("-o", "--output", type=Path, default=Path("corpus"))
+    add_data_actions(add(_data, "make shards to train on, check and count them"))
     command = add(_parity, "compare layouts with one rank, gradient by gradient")
     _add_recipe(command)
     command.add_argument(
@@ -259,11 +253,9 @@ def _logs(options: argparse.Namespace) -> int:
 
 
 def _data(options: argparse.Namespace) -> int:
-    from data.build import build_quickstart_corpus  # noqa: PLC0415
+    from launch.data_command import run_data  # noqa: PLC0415
 
-    build_quickstart_corpus(options.output)
-    print(f"corpus: {options.output}; next: mneme train v4_nano")
-    return 0
+    return run_data(options)
 
 
 def _checkpoint(options: argparse.Namespace) -> int:

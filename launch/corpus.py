@@ -11,6 +11,8 @@ def corpus_problems(config: RunConfig) -> list[str]:
     problems = []
     splits = ["train", "validation"] if config.evaluate.every_steps else ["train"]
     for name, source in config.data.sources.items():
+        if _has_no_splits(source.path):
+            continue
         missing = [split for split in splits if not (Path(source.path) / split).is_dir()]
         if missing:
             problems.append(
@@ -28,6 +30,11 @@ def corpus_problems(config: RunConfig) -> list[str]:
             f"{tokenizer}; use model.vocab_size={size}"
         )
     return problems
+
+
+def _has_no_splits(path: str) -> bool:
+    """A folder of shards as others wrote them, a corpus of megatron-core, or a URL: ranks look there."""
+    return "://" in path or Path(path, "manifest.json").is_file() or Path(f"{path}.idx").is_file()
 
 
 def _tokenizer_size(path: Path) -> int:

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from data.config import DataConfig
+from data.pictures import picture_problems
 from data.sources import supply_problem, vocab_size
 from data.tokenizer import decoded_tokens
 from parallel.apply import apply_parallelism
@@ -35,8 +36,10 @@ from train.model.rules import tensor_parallel_violations
 from train.model.transformer import Transformer
 from train.monitor.registry import build_monitors
 from train.optim.build import build_optimizer
+from train.pictures import vision_geometry
 from train.pipeline_rules import problems
 from train.rank_model import RankModel
+from train.stages import phases
 from train.training import DTYPES, Training, sum_dtype
 from train.zero import build_zero
 from train.zero_rules import problems as data_engine_problems
@@ -50,8 +53,8 @@ def build(config: RunConfig) -> Training:
 
     Raises:
         ValueError: the recipe does not fit the number of ranks that were started, the layout not the
-            model, the recipe not the data engine, the model's vocabulary or the epochs not the corpus,
-            or the model's compiled parts or a kernel not this machine.
+            model, the recipe not the data engine, the model's vocabulary or vision or the epochs not
+            the corpus, or the model's compiled parts or a kernel not this machine.
         RuntimeError: a backend, kernel or data engine of the recipe cannot be used here.
     """
     if (tokens := vocab_size(config.data)) > config.model.vocab_size:
@@ -62,6 +65,9 @@ def build(config: RunConfig) -> Training:
     tokens = sum(phase.tokens_per_step * len(phase.steps) for phase in phases(config))
     if problem := supply_problem(config.data, tokens):
         raise ValueError(problem)
+    shortest = min(config.data.sequence_length, *(p.sequence_length for p in phases(config)))
+    if found := list(picture_problems(config.data, vision_geometry(config.model), shortest)):
+        raise ValueError("\n".join(found))
     backend = select_backend(config.parallel.backend)
     layout = ParallelLayout.from_config(config.parallel)
     world_size = int(os.environ["WORLD_SIZE"])

@@ -1,31 +1,31 @@
 """The training loop of one rank, top to bottom."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
+from data.faults import Fault
 from data.lanes import NoDocumentsLeftError
 from data.loader import Batch, build_loader, fingerprint
 from data.prefetch import prefetch
-from parallel.collectives import sum_over
 from parallel.engram_plan import StepPlan
 from parallel.traffic import take_sent
-from parallel.volume import Axis
 from train.build import build
 from train.checkpoint.state import Progress, restore, save
-from train.config import AlarmAction, RunConfig
+from train.config import RunConfig
+from train.end_step import end_step
 from train.evaluate import evaluate
 from train.memory import HostMemory
 from train.metrics import MetricsLog, Record, append_event, open_sinks
 from train.monitor.alarms import Alarms
 from train.stages import Phase, phases
 from train.step import train_step
-from train.stop import ALARM_EXIT_CODE, STOPPED_EXIT_CODE, StopRequest
+from train.stop import StopRequest
 from train.training import Training
 
 Item = tuple[Phase, Batch, dict[str, str]]
@@ -61,14 +61,17 @@ def train(config: RunConfig, run_dir: Path, stop: StopRequest) -> int:
             progress = Progress(step=step, tokens=tokens, data_state=data_state)
             record |= batch_shape(phase)
             record |= timing(training, phase.tokens_per_step, started, fetched)
+            report_faults = partial(log_faults, training, run_dir, step)
+            report_faults(batch.faults)
             if due(step, config.evaluate.every_steps, config.train.steps):
-                record |= evaluate(training)
+                record |= evaluate(training, report_faults)
             raised = alarms.check(record) if log else []
             for alarm in raised:
                 append_event(run_dir, step=step, rank=0, event="alarm", detail=alarm.detail)
-            wishes, traffic = end_step(training, stop, [alarm.action for alarm in raised], sent)
+            actions = [alarm.action for alarm in raised]
+            wishes, totals = end_step(training, stop, actions, sent, batch)
             if log:
-                log.write({"step": step, "tokens": progress.tokens, **record, **traffic})
+                log.write({"step": step, "tokens": progress.tokens, **record, **totals})
             exit_code = wishes.exit_code
             if wishes.save or due(step, config.checkpoint.every_steps, config.train.steps):
                 path = save(
@@ -169,7 +172,8 @@ def _planned_batches(
                 config.data,
                 sequence_length=phase.sequence_length,
                 num_lanes=training.num_lanes,
-                prefetch_batches=0,
+                # Without workers the thread below is the one that prepares ahead.
+                prefetch_batches=config.data.prefetch_batches if config.data.num_workers else 0,
             ),
             split="train",
             seed=config.train.seed,
@@ -177,6 +181,7 @@ def _planned_batches(
             data_rank=training.data_rank,
             data_size=training.data_size,
             state=data_state,
+            vision=training.vision,
         )
         ahead = prefetch(_with_plans(training.memory, loader), config.data.prefetch_batches)
         for step in steps:
@@ -216,45 +221,21 @@ def timing(training: Training, tokens: int, started: float, fetched: float) -> R
     }
 
 
-@dataclass(frozen=True)
-class Wishes:
-    """What some rank asks of all of them after a step."""
-
-    exit_code: int
-    """0: go on."""
-    save: bool
-
-
-def end_step(
-    training: Training,
-    stop: StopRequest,
-    actions: Sequence[AlarmAction],
-    sent: Mapping[Axis, float],
-) -> tuple[Wishes, Record]:
-    """What to do after a step, and the mean over ranks of the bytes that they sent.
-
-    The same on all ranks. Axes over which nothing was sent are left out.
-
-    Communication: one all-reduce of ten numbers over the world.
-
-    Args:
-        training: says the device.
-        stop: the request to this rank, if there was one.
-        actions: of the alarms that this rank has raised.
-        sent: by this rank during the step.
-    """
-    wishes = [stop.requested, "stop" in actions, "save" in actions]
-    numbers = [*map(float, wishes), *sent.values()]
-    totals = sum_over(torch.tensor(numbers, dtype=training.sum_dtype, device=training.device))
-    stopped, alarmed, saved, *all_sent = totals.tolist()
-    ranks = dist.get_world_size()
-    means = {
-        f"comm/{axis}_bytes": total / ranks
-        for axis, total in zip(sent, all_sent, strict=True)
-        if total
-    }
-    exit_code = STOPPED_EXIT_CODE if stopped else ALARM_EXIT_CODE if alarmed else 0
-    return Wishes(exit_code, save=bool(exit_code or saved)), means
+def log_faults(training: Training, run_dir: Path, step: int, faults: Iterable[Fault]) -> None:
+    """Write the samples that were left out into `events.jsonl`, once for each rank that reads them."""
+    if training.counts_data:
+        for fault in faults:
+            append_event(
+                run_dir,
+                step=step,
+                rank=dist.get_rank(),
+                event="skipped_sample",
+                detail=fault.detail,
+                source=fault.source,
+                shard=fault.shard,
+                key=fault.key,
+                cause=fault.cause,
+            )
 
 
 def due(step: int, every: int, last: int) -> bool:

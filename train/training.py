@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from data.pictures import VisionGeometry
 from data.resume import owned_items
 from parallel.backend.base import Backend
 from parallel.cross_entropy import CrossEntropy
@@ -14,6 +15,7 @@ from train.config import RunConfig
 from train.engine import DataEngine
 from train.memory import HostMemory
 from train.metrics import Monitor
+from train.pictures import vision_geometry
 from train.rank_model import RankModel
 from train.stages import Phase, phases
 
@@ -68,6 +70,16 @@ class Training:
     def num_lanes(self) -> int:
         """Virtual lanes of the data, the same in all phases."""
         return self.config.data.num_lanes or self.config.train.global_batch_size
+
+    @property
+    def vision(self) -> VisionGeometry | None:
+        """How the model takes pictures, for the loader; None: it takes text only."""
+        return vision_geometry(self.config.model)
+
+    @property
+    def counts_data(self) -> bool:
+        """Whether this rank speaks for those that have the same sequences."""
+        return self.meshes.pp.get_local_rank() == self.meshes.sequence.get_local_rank() == 0
 
     def data_lanes(self) -> list[str]:
         """Keys of the positions in the data that this rank saves and restores."""

@@ -116,7 +116,7 @@ def test_interrupted_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(data.build, "_summarize", interrupt)
+    monkeypatch.setattr(data.build, "summarize", interrupt)
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path / "corpus")
     assert list(tmp_path.iterdir()) == []

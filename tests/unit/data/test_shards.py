@@ -1,6 +1,7 @@
 """Shards: stock webdataset reads them, equal input gives equal bytes, the fingerprint notices."""
 
 import json
+import tarfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -140,6 +141,12 @@ def test_equal_samples_give_equal_bytes(tmp_path: Path) -> None:
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
 
 
+def test_members_have_headers_of_one_block(tmp_path: Path) -> None:
+    manifest = write(tmp_path / "a")
+    with tarfile.open(tmp_path / "a" / manifest.shards[0].name) as archive:
+        assert [info.offset_data - info.offset for info in archive] == [512] * 12
+
+
 def test_manifest_reads_back_and_counts(tmp_path: Path) -> None:
     manifest = write(tmp_path / "train")
     assert Manifest.read(tmp_path / "train", key="k") == manifest
@@ -151,9 +158,22 @@ def test_manifest_errors_say_what_to_do(tmp_path: Path) -> None:
         ValueError, match=r"^some\.key: there is no /.*manifest.json; build it with"
     ):
         Manifest.read(tmp_path, key="some.key")
-    (tmp_path / "manifest.json").write_text(json.dumps({"version": 99}))
-    with pytest.raises(ValueError, match="not a manifest of version 2"):
-        Manifest.read(tmp_path, key="some.key")
+    whole = write(tmp_path / "train")
+    path = tmp_path / "train" / "manifest.json"
+    plain = json.loads(path.read_text())
+    plain["shards"][0]["name"] = "../other.tar"
+    for text, problem in (
+        ('{"version": 1}', "of version 1, not 2"),
+        ('{"version": 2}', "shards"),
+        ("[]", "pop"),
+        ("{", "Expecting"),
+        (json.dumps(plain), "names a shard in another folder"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=rf"some\.key: .*{problem}.*; remove the corpus and"):
+            Manifest.read(tmp_path / "train", key="some.key")
+    whole.write(tmp_path / "train")
+    assert Manifest.read(tmp_path / "train", key="some.key") == whole
 
 
 def test_no_documents_is_refused(tmp_path: Path) -> None:

@@ -45,3 +45,15 @@ def test_a_vocabulary_that_does_not_hold_the_tokenizer_is_refused(
     [problem] = corpus_problems(corpus(tmp_path, nano, tokens=5000))
     assert problem.startswith("model.vocab_size=4096: smaller than the 5000 tokens of")
     assert problem.endswith("use model.vocab_size=5000")
+
+
+@pytest.mark.parametrize("name", ["code/manifest.json", "code.idx"])
+def test_sources_without_splits_need_no_folders(nano: RunConfig, tmp_path: Path, name: str) -> None:
+    config = corpus(tmp_path, nano)
+    for split in ("train", "validation"):
+        (tmp_path / "code" / split).rmdir()
+    assert len(corpus_problems(config)) == 1
+    (tmp_path / name).touch()
+    assert corpus_problems(config) == []
+    remote = {"code": SourceConfig(path="s3://bucket/code")}
+    assert corpus_problems(replace(config, data=replace(config.data, sources=remote))) == []
