@@ -86,12 +86,17 @@ def open_source(
         pictures: see `open_sources`, like the errors.
     """
     source = config.sources[name]
+    key = f"data.sources.{name}.path={source.path}"
+    if _is_indexed(source.path):
+        raise ValueError(
+            f"{key}: is a megatron-core corpus, which is not read as it is yet; use a folder that "
+            "`mneme data build` wrote"
+        )
     splits = _splits(source.path, config.faults)
     if WITHOUT_SPLITS in splits and source.held_out is None and split != "train":
         return None
     stored = WITHOUT_SPLITS if WITHOUT_SPLITS in splits else split
     reader = SplitReader(source.path, source=name, split=stored, faults=config.faults)
-    key = f"data.sources.{name}.path={source.path}"
     if reader.manifest.tokenizer_sha256 != tokenizer:
         raise ValueError(
             f"data.tokenizer={config.tokenizer}: {key} holds token ids of another tokenizer; use the "
