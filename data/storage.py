@@ -63,7 +63,7 @@ class Folder(ABC):
             FileNotFoundError: there is no such file.
             UnreadableError: every attempt failed.
         """
-        return self._retried(lambda: self._read(name, start, size), self.where(name))
+        return self._retried(lambda: self._read(name, start, size), name)
 
     def view(self, name: str) -> NDArray[np.uint8]:
         """All of a file, which must not change: mapped where that is possible, else in memory.
@@ -72,7 +72,7 @@ class Folder(ABC):
             FileNotFoundError: there is no such file.
             UnreadableError: every attempt failed.
         """
-        return self._retried(lambda: self._view(name), self.where(name))
+        return self._retried(lambda: self._view(name), name)
 
     def sizes(self) -> dict[str, int]:
         """Size of every file in the folder; empty if there is no such folder.
@@ -81,20 +81,30 @@ class Folder(ABC):
             UnreadableError: every attempt failed.
         """
         try:
-            return self._retried(self._sizes, self.place)
+            return self._retried(self._sizes, "")
         except (FileNotFoundError, NotADirectoryError):
             return {}
 
     def close(self) -> None:  # noqa: B027  (files are not everywhere)
         """Close open files."""
 
-    def _retried(self, action: Callable[[], T], where: str) -> T:
+    def _retried(self, action: Callable[[], T], name: str) -> T:
+        try:
+            return action()
+        except _PERMANENT:
+            raise
+        except OSError as error:
+            return self._tried_again(action, self.where(name), error)
+
+    def _tried_again(self, action: Callable[[], T], where: str, failure: OSError) -> T:
+        """Apart, for what tenacity does around a call costs more than most reads."""
+        failures = [failure]
+
         def attempt() -> T:
-            try:
-                return action()
-            except OSError:
-                self.close()  # the next attempt looks for the file anew
-                raise
+            if failures:
+                raise failures.pop()
+            self.close()  # look for the file anew
+            return action()
 
         try:
             return self._attempts(attempt)

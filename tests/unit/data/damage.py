@@ -224,7 +224,8 @@ def _pieces(config: DataConfig, reported: list[Fault]) -> Iterator[tuple[str, by
 @contextmanager
 def failing_reads(times: int | None, error: OSError) -> Iterator[None]:
     """Every read of a sample fails that often at first; None: always."""
-    real, failures = os.pread, {}
+    real = os.pread
+    failures: dict[int, int] = {}
 
     def pread(file: int, size: int, start: int) -> bytes:
         failures[start] = failures.get(start, 0) + 1
