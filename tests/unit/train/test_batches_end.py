@@ -9,10 +9,11 @@ import pytest
 from data.config import DataConfig
 from data.lanes import NoDocumentsLeftError
 from tests.unit.data.corpora import unique_tokens, write_corpus
-from train.build import Training, build
+from train.build import build
 from train.checkpoint.state import Progress
 from train.config import RunConfig, TrainConfig
 from train.loop import open_batches
+from train.training import Training
 
 
 @pytest.fixture
@@ -30,9 +31,14 @@ def test_the_step_at_which_a_lane_has_nothing_left_is_named(data: DataConfig) ->
     training.num_lanes = 2
     batches = open_batches(training, Progress(step=0, tokens=0, data_state={}))
     steps = 0
-    with pytest.raises(NoDocumentsLeftError) as caught:
+
+    def take_all() -> None:
+        nonlocal steps
         while next(batches):
             steps += 1
+
+    with pytest.raises(NoDocumentsLeftError) as caught:
+        take_all()
     assert steps < 8, "one lane has more than half of the tokens"
     assert str(caught.value).startswith(f"step {steps + 1}: data.sources.code.epochs=2: lane")
 
