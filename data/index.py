@@ -30,6 +30,7 @@ members, media, bytes of the names), then these arrays in this order:
 
 import struct
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -106,7 +107,7 @@ class ShardIndex:
         """Number of samples."""
         return len(self.num_tokens)
 
-    @property
+    @cached_property
     def token_dtype(self) -> np.dtype[Any]:
         """Type of the stored token ids."""
         return np.dtype(f"<u{self.token_bytes}")

@@ -78,7 +78,7 @@ class SplitReader:
     def num_tokens(self, document: int) -> int:
         """Length of a document in stored tokens, from the index alone."""
         shard, sample = self._locate(document)
-        return int(self._indexes[shard].num_tokens[sample])
+        return self._indexes[shard].num_tokens.item(sample)
 
     def spans(self, document: int) -> Sequence[tuple[int, int]]:
         """Nothing of text must stay whole."""
@@ -110,9 +110,9 @@ class SplitReader:
         raw = self._checked(
             document,
             name + TOKENS_SUFFIX if index.tokens_beside else name,
-            start=int(index.token_offset[sample]),
-            size=int(index.num_tokens[sample]) * index.token_bytes,
-            crc32=int(index.token_crc32[sample]),
+            start=index.token_offset.item(sample),
+            size=index.num_tokens.item(sample) * index.token_bytes,
+            crc32=index.token_crc32.item(sample),
         )
         return np.frombuffer(raw, index.token_dtype)
 
@@ -128,9 +128,9 @@ class SplitReader:
         return self._checked(
             document,
             self._shards[shard],
-            start=int(index.offset[member]),
-            size=int(index.size[member]),
-            crc32=int(index.crc32[member]),
+            start=index.offset.item(member),
+            size=index.size.item(member),
+            crc32=index.crc32.item(member),
         )
 
     def place(self, document: int) -> tuple[str, str]:

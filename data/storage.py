@@ -10,6 +10,7 @@ import os
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -63,7 +64,13 @@ class Folder(ABC):
             FileNotFoundError: there is no such file.
             UnreadableError: every attempt failed.
         """
-        return self._retried(lambda: self._read(name, start, size), name)
+        try:  # a call more would cost a tenth of a small read
+            return self._read(name, start, size)
+        except _PERMANENT:
+            raise
+        except OSError as error:
+            action = partial(self._read, name, start, size)
+            return self._tried_again(action, self.where(name), error)
 
     def view(self, name: str) -> NDArray[np.uint8]:
         """All of a file, which must not change: mapped where that is possible, else in memory.
@@ -152,19 +159,25 @@ class LocalFolder(Folder):
 
     def _read(self, name: str, start: int, size: int) -> bytes:
         file = self._open(name)
-        parts = [os.pread(file, size, start)]
+        raw = os.pread(file, size, start)
+        return raw if len(raw) == size else self._read_rest(file, raw, start, size)
+
+    def _read_rest(self, file: int, raw: bytes, start: int, size: int) -> bytes:
+        """After a read that gave less than was asked for."""
+        parts = [raw]
         while parts[-1] and (left := size - sum(map(len, parts))):
             parts.append(os.pread(file, left, start + size - left))
         return b"".join(parts)
 
     def _open(self, name: str) -> int:
-        if name in self._files:
+        file = self._files.get(name)
+        if file is not None:
             self._files.move_to_end(name)
-        else:
-            self._files[name] = os.open(self._path / name, os.O_RDONLY | os.O_CLOEXEC)
-            if len(self._files) > _MAX_OPEN_FILES:
-                os.close(self._files.popitem(last=False)[1])
-        return self._files[name]
+            return file
+        file = self._files[name] = os.open(self._path / name, os.O_RDONLY | os.O_CLOEXEC)
+        if len(self._files) > _MAX_OPEN_FILES:
+            os.close(self._files.popitem(last=False)[1])
+        return file
 
     def _view(self, name: str) -> NDArray[np.uint8]:
         # numpy's maps hold a file open each, and there may be more shards than files may be open.
