@@ -133,6 +133,26 @@ class SplitReader:
             crc32=index.crc32.item(member),
         )
 
+    def sample(self, document: int) -> dict[str, bytes]:
+        """All members of a document by their extension, in one read.
+
+        Raises:
+            DamagedSampleError: one is not what was written.
+            UnreadableError: the storage fails.
+        """
+        shard, number = self._locate(document)
+        index, name = self._indexes[shard], self._shards[shard]
+        first, stop = index.first_member[number : number + 2].tolist()
+        offsets, sizes = index.offset[first:stop].tolist(), index.size[first:stop].tolist()
+        start = offsets[0]
+        raw = memoryview(self._read(document, name, start, offsets[-1] + sizes[-1] - start))
+        found = {}
+        for member, offset, size in zip(range(first, stop), offsets, sizes, strict=True):
+            payload = raw[offset - start : offset - start + size]
+            self._check(document, payload, size, index.crc32.item(member))
+            found[split_name(index.member_name(member))[1]] = bytes(payload)
+        return found
+
     def place(self, document: int) -> tuple[str, str]:
         """Shard and key of a document."""
         shard, sample = self._locate(document)
@@ -147,17 +167,23 @@ class SplitReader:
         return shard, document - self._starts[shard]
 
     def _checked(self, document: int, name: str, *, start: int, size: int, crc32: int) -> bytes:
+        raw = self._read(document, name, start, size)
+        self._check(document, raw, size, crc32)
+        return raw
+
+    def _read(self, document: int, name: str, start: int, size: int) -> bytes:
         try:
-            raw = self._folder.read(name, start, size)
+            return self._folder.read(name, start, size)
         except FileNotFoundError:
             detail = f"{self._folder.where(name)} is gone"
             raise self._damaged(document, "missing shard", detail) from None
+
+    def _check(self, document: int, raw: bytes | memoryview, size: int, crc32: int) -> None:
         if len(raw) != size:
             raise self._damaged(document, "truncated", f"{len(raw)} of {size} bytes")
         if (found := zlib.crc32(raw)) != crc32:
             detail = f"CRC-32 {found:08x}, but {crc32:08x} was written"
             raise self._damaged(document, "checksum", detail)
-        return raw
 
     def _damaged(self, document: int, cause: Cause, detail: str) -> DamagedSampleError:
         return DamagedSampleError(self.fault(document, cause, detail), _REMEDY)
