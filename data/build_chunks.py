@@ -4,9 +4,7 @@ A killed build goes on with the chunks that are missing, and ends with the same 
 a chunk depends on the items and the options, never on the number of processes.
 """
 
-import os
 import shutil
-import threading
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -14,13 +12,14 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from dataclasses import dataclass
 from hashlib import blake2b, sha256
 from itertools import islice
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 
 import numpy as np
 from tqdm import tqdm
 
 from data.build_chunk import Chunk, ChunkJob, write_chunk
 from data.importers.drafts import Importer
+from data.processes import start_worker
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,15 +144,7 @@ _job: ChunkJob | None = None  # of a worker process
 def _start_worker(job: ChunkJob) -> None:
     global _job  # noqa: PLW0603 - sent once, not with each chunk
     _job = job
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A killed parent closes no queue: its workers would wait for ever."""
-    parent = parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    start_worker()
 
 
 def _write_in_worker(chunk: Chunk, encoders: int) -> None:

@@ -53,14 +53,15 @@ def _spread(
     work: Callable[[Task], Result], tasks: Sequence[Task], processes: int
 ) -> Iterator[Result]:
     # Not forked: the parent may have threads.
-    with ProcessPoolExecutor(processes, get_context("spawn"), _start) as pool:
+    with ProcessPoolExecutor(processes, get_context("spawn"), start_worker) as pool:
         try:
             yield from pool.map(work, tasks)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _start() -> None:
+def start_worker() -> None:
+    """What every worker process does first."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: the parent tells
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -5,6 +5,7 @@ read; `data.pictures` finds the same sizes and numbers of frames.
 """
 
 import re
+from dataclasses import asdict
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
@@ -13,12 +14,13 @@ from PIL import Image
 
 from data.images import UndecodableError, decode_image, image_size
 from data.importers.drafts import DraftMedium
+from data.index import Medium
+from data.media_files import check_decodes, read_header
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 VIDEO_ENDINGS = (".mp4", ".webm", ".mkv", ".avi")
 _EXTENSIONS = {"JPEG": "jpg", "TIFF": "tif"}
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-_DEMUXERS = "mov,mp4,matroska,webm,avi"
 
 
 class UnusableMediumError(ValueError):
@@ -56,40 +58,28 @@ def look_at_video(reference: str, path: Path, clip_seconds: float | None) -> lis
         clip_seconds: a longer video becomes several clips of this length; None: one.
 
     Raises:
-        UnusableMediumError: it cannot be decoded, or holds no frames.
+        UnusableMediumError: it cannot be decoded, or is cut short.
     """
-    import av  # noqa: PLC0415 - optional
-
+    extension, payload = path.suffix[1:].lower(), path.read_bytes()
     try:
-        with av.open(str(path), options={"format_whitelist": _DEMUXERS}) as container:
-            if not container.streams.video:
-                raise UnusableMediumError("no video in it")
-            stream = container.streams.video[0]
-            stream.thread_count = 1  # processes are the parallelism
-            width, height = stream.width, stream.height
-            fps = float(stream.average_rate or 0)
-            frames = sum(1 for _ in container.decode(stream))
-            container.seek(0, stream=stream)
-            shown = sum(p.pts is not None and not p.is_discard for p in container.demux(stream))
-    except (av.FFmpegError, OSError, ValueError) as error:
-        if isinstance(error, UnusableMediumError):
-            raise
+        found = read_header(extension, payload)
+        whole = Medium(member=0, place=0, **asdict(found))
+        check_decodes(extension, payload, whole)
+    except UndecodableError as error:
         raise UnusableMediumError("video cannot be decoded") from error
-    if not frames or frames != shown or fps <= 0:
-        raise UnusableMediumError("video is damaged or cut short")
-    length = max(1, round(fps * clip_seconds)) if clip_seconds else frames
+    length = max(1, round(found.fps * clip_seconds)) if clip_seconds else found.frames
     return [
         DraftMedium(
             reference=reference,
-            extension=path.suffix[1:].lower(),
+            extension=extension,
             kind="video",
-            width=width,
-            height=height,
-            frames=min(length, frames - first),
-            fps=fps,
+            width=found.width,
+            height=found.height,
+            frames=min(length, found.frames - first),
+            fps=found.fps,
             first_frame=first,
         )
-        for first in range(0, frames, length)
+        for first in range(0, found.frames, length)
     ]
 
 
