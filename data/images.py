@@ -110,12 +110,15 @@ def decode_image(
             raise UndecodableError(f"{_by(found)} pixels, but {_by(stored)} by the index")
         width, height = size if found == image.size else size[::-1]
         image.draft("RGB", (2 * width, 2 * height))
-        return resize(_rgb(ImageOps.exif_transpose(image)), size)
+        ImageOps.exif_transpose(image, in_place=True)
+        return resize(_rgb(image), size)
 
 
 def resize(image: Image.Image, size: tuple[int, int]) -> NDArray[np.uint8]:
     """Pixels [height, width, 3] of an RGB image at `size` (width, height), antialiased."""
-    return np.asarray(image.resize(size, Image.Resampling.BICUBIC), np.uint8)
+    if image.size != size:
+        image = image.resize(size, Image.Resampling.BICUBIC)
+    return np.asarray(image, np.uint8)
 
 
 def _opened(payload: bytes) -> Image.Image:

@@ -31,6 +31,7 @@ members, media, bytes of the names), then these arrays in this order:
 import struct
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -118,8 +119,17 @@ class ShardIndex:
 
     def member_name(self, member: int) -> str:
         """Name in the tar: key, dot, extension."""
-        name = self.names[int(self.first_name[member]) : int(self.first_name[member + 1])]
-        return name.tobytes().decode(errors="surrogateescape")
+        return self.member_names(member, member + 1)[0]
+
+    def member_names(self, first: int, stop: int) -> list[str]:
+        """Names of neighbouring members."""
+        bounds = self.first_name[first : stop + 1].tolist()
+        start = bounds[0]
+        text = self.names[start : bounds[-1]].tobytes()
+        return [
+            text[a - start : b - start].decode(errors="surrogateescape")
+            for a, b in pairwise(bounds)
+        ]
 
     def members(self, sample: int) -> range:
         """The members of a sample."""

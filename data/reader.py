@@ -19,7 +19,7 @@ from data.faults import Cause, DamagedSampleError, Fault
 from data.index import INDEX_SUFFIX, TOKENS_SUFFIX, Medium, ShardIndex
 from data.shards import HOW_TO_BUILD, MANIFEST_NAME, WITHOUT_SPLITS, Manifest, ShardEntry
 from data.storage import Folder, inside, open_folder
-from data.tars import CorruptShardError
+from data.tars import CorruptShardError, split_name
 
 _REMEDY = (
     f"restore the shard from a copy, or remove the corpus and {HOW_TO_BUILD}; to train without what "
@@ -141,16 +141,17 @@ class SplitReader:
             UnreadableError: the storage fails.
         """
         shard, number = self._locate(document)
-        index, name = self._indexes[shard], self._shards[shard]
+        index = self._indexes[shard]
         first, stop = index.first_member[number : number + 2].tolist()
+        names = index.member_names(first, stop)
         offsets, sizes = index.offset[first:stop].tolist(), index.size[first:stop].tolist()
-        start = offsets[0]
-        raw = memoryview(self._read(document, name, start, offsets[-1] + sizes[-1] - start))
-        found = {}
-        for member, offset, size in zip(range(first, stop), offsets, sizes, strict=True):
+        start, end = offsets[0], offsets[-1] + sizes[-1]
+        raw = self._read(document, self._shards[shard], start, end - start)
+        sums, found = index.crc32[first:stop].tolist(), {}
+        for name, offset, size, crc32 in zip(names, offsets, sizes, sums, strict=True):
             payload = raw[offset - start : offset - start + size]
-            self._check(document, payload, size, index.crc32.item(member))
-            found[split_name(index.member_name(member))[1]] = bytes(payload)
+            self._check(document, payload, size, crc32)
+            found[split_name(name)[1]] = payload
         return found
 
     def place(self, document: int) -> tuple[str, str]:
@@ -178,7 +179,7 @@ class SplitReader:
             detail = f"{self._folder.where(name)} is gone"
             raise self._damaged(document, "missing shard", detail) from None
 
-    def _check(self, document: int, raw: bytes | memoryview, size: int, crc32: int) -> None:
+    def _check(self, document: int, raw: bytes, size: int, crc32: int) -> None:
         if len(raw) != size:
             raise self._damaged(document, "truncated", f"{len(raw)} of {size} bytes")
         if (found := zlib.crc32(raw)) != crc32:

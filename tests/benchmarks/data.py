@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
 
@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from data.config import DataConfig, ImageConfig, SourceConfig
-from data.loader import build_loader
+from data.loader import Batch, build_loader
 from data.order import permute, round_keys
 from data.pictures import PictureDocuments, VisionGeometry
 from data.reader import SplitReader
@@ -232,7 +232,9 @@ def _config(corpora: Corpora, path: Path, num_lanes: int = BATCH) -> DataConfig:
     )
 
 
-def _loader(config: DataConfig, lanes: int = BATCH, state: dict[str, str] | None = None):  # type: ignore[no-untyped-def]
+def _loader(
+    config: DataConfig, lanes: int = BATCH, state: dict[str, str] | None = None
+) -> Iterator[tuple[Batch, dict[str, str]]]:
     return build_loader(
         config,
         split="train",
