@@ -35,6 +35,7 @@ def test_every_small_size_is_a_bijection() -> None:
         assert sorted(permute(i, size, keys) for i in range(size)) == list(range(size))
 
 
+@settings(deadline=None)
 @given(size=st.integers(1, 2**64), seed=st.integers(0, 2**32), data=st.data())
 def test_large_ranges_stay_inside_and_do_not_collide(
     size: int, seed: int, data: st.DataObject
@@ -120,6 +121,7 @@ def test_order_is_the_same_in_every_version() -> None:
     assert [draw_source((5, 3, 1), credit) for _ in range(9)] == [0, 1, 0, 0, 1, 0, 1, 0, 2]
 
 
+@settings(deadline=None)
 @given(weights=weight_lists, draws=st.integers(1, 300))
 def test_mixture_is_exact_within_one(weights: list[int], draws: int) -> None:
     credit, chosen = [0] * len(weights), Counter[int]()
@@ -130,6 +132,7 @@ def test_mixture_is_exact_within_one(weights: list[int], draws: int) -> None:
             assert abs(chosen[source] - Fraction(drawn * weight, sum(weights))) < 1
 
 
+@settings(deadline=None)
 @given(weights=weight_lists, draws=st.integers(0, 500))
 def test_mixture_repeats_after_the_sum_of_weights(weights: list[int], draws: int) -> None:
     credit = [0] * len(weights)
