@@ -256,7 +256,7 @@ class Lane:
             if source.epochs is not None
         )
         raise NoDocumentsLeftError(
-            f"{limits}: lane {self.index} has no document left after {self._progress.tokens} tokens of the "
-            "run; use more epochs (null: no end), more documents, or end the run before with "
+            f"{limits}: lane {self.index} has no document left, of the sources with weight, after "
+            f"{self._progress.tokens} tokens of the run; use more epochs (null: no end), more documents, or end the run before with "
             "train.steps"
         )

@@ -9,6 +9,7 @@ import struct
 from collections.abc import Sequence
 from functools import lru_cache
 from hashlib import blake2b
+from math import gcd
 
 _ROUNDS = 6
 _UINT64 = (1 << 64) - 1
@@ -140,9 +141,9 @@ def draw_source(weights: Sequence[int], credit: list[int]) -> int:
 
 
 def credit_after(weights: Sequence[int], draws: int) -> list[int]:
-    """Credit after `draws` draws from zero; the schedule repeats after sum(weights) draws."""
+    """Credit after `draws` draws from zero; the schedule repeats after as many as the weights ask for."""
     credit = [0] * len(weights)
-    for _ in range(draws % sum(weights)):
+    for _ in range(draws % (sum(weights) // gcd(*weights))):
         draw_source(weights, credit)
     return credit
 

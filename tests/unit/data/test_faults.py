@@ -156,6 +156,7 @@ def test_reads_that_always_fail_are_never_skipped(tmp_path: Path, damaged: str) 
     assert found == []
 
 
+@pytest.mark.slow
 def test_what_stock_webdataset_does(tmp_path: Path) -> None:
     """If this fails with a new webdataset, its table in docs/faults.md has to be made anew."""
     silent = [

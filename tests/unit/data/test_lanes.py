@@ -131,7 +131,7 @@ def test_running_out_says_what_to_change() -> None:
     with pytest.raises(
         NoDocumentsLeftError,
         match=r"data\.sources\.code\.epochs=2, data\.sources\.docs\.epochs=1: lane 0 has no document "
-        r"left after 120 tokens of the run; use more epochs",
+        r"left, of the sources with weight, after 120 tokens of the run; use more epochs",
     ):
         lane.next_sequence()
 
