@@ -29,3 +29,8 @@ class DamagedSampleError(RuntimeError):
     def __init__(self, fault: Fault, remedy: str) -> None:
         super().__init__(f"{fault}; {remedy}")
         self.fault = fault
+        self._remedy = remedy
+
+    def __reduce__(self) -> tuple[type["DamagedSampleError"], tuple[Fault, str]]:
+        """How it comes out of a worker process."""
+        return type(self), (self.fault, self._remedy)

@@ -4,11 +4,13 @@ Sizes are counted in units: a unit is the square of pixels that becomes one row,
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """What is decoded. Pillow's other plugins include one that starts a program (EPS)."""
@@ -20,6 +22,17 @@ _ROTATED = (5, 6, 7, 8)
 
 class UndecodableError(ValueError):
     """The bytes are no picture, or not the one that the index describes. Says what is wrong."""
+
+
+@contextmanager
+def undecodable() -> Iterator[None]:
+    """Whatever a decoder raises inside becomes an UndecodableError: they have many types for damage."""
+    try:
+        yield
+    except (UndecodableError, MemoryError):  # memory that is short now says nothing of the bytes
+        raise
+    except Exception as error:
+        raise UndecodableError(f"{type(error).__name__}: {error}") from error
 
 
 def fit(width: int, height: int, *, unit: int, max_units: int) -> tuple[int, int]:
@@ -63,12 +76,12 @@ def _ratio(side: int, wanted: float) -> float:
 
 
 def image_size(payload: bytes) -> tuple[int, int]:
-    """Width and height in pixels as it is looked at, from the header alone.
+    """Width and height in pixels as it is looked at: after the camera's orientation.
 
     Raises:
         UndecodableError: it is no image.
     """
-    with _opened(payload) as image:
+    with undecodable(), _opened(payload) as image:
         return _upright_size(image)
 
 
@@ -91,19 +104,13 @@ def decode_image(
     Raises:
         UndecodableError: it is no image, cut short, or of another size than `stored`.
     """
-    with _opened(payload) as image:
+    with undecodable(), _opened(payload) as image:
         found = _upright_size(image)
         if found != stored:
             raise UndecodableError(f"{_by(found)} pixels, but {_by(stored)} by the index")
-        try:
-            width, height = size if found == image.size else size[::-1]
-            image.draft("RGB", (2 * width, 2 * height))
-            upright = _rgb(ImageOps.exif_transpose(image))
-        except MemoryError:
-            raise
-        except Exception as error:  # Pillow's plugins raise many types for damaged bytes
-            raise UndecodableError(f"{type(error).__name__}: {error}") from error
-    return resize(upright, size)
+        width, height = size if found == image.size else size[::-1]
+        image.draft("RGB", (2 * width, 2 * height))
+        return resize(_rgb(ImageOps.exif_transpose(image)), size)
 
 
 def resize(image: Image.Image, size: tuple[int, int]) -> NDArray[np.uint8]:
@@ -114,12 +121,9 @@ def resize(image: Image.Image, size: tuple[int, int]) -> NDArray[np.uint8]:
 def _opened(payload: bytes) -> Image.Image:
     try:
         image = Image.open(BytesIO(payload), formats=_FORMATS)
-    except MemoryError:
-        raise
-    except Exception as error:  # as above; a bomb is a warning that may be an error
-        raise UndecodableError(f"{type(error).__name__}: {error}") from error
+    except UnidentifiedImageError as error:
+        raise UndecodableError(f"none of {', '.join(_FORMATS)}") from error
     if image.width * image.height > _MAX_PIXELS:
-        image.close()
         raise UndecodableError(f"{_by(image.size)} pixels; at most {_MAX_PIXELS} are decoded")
     return image
 

@@ -70,6 +70,7 @@ def pack(
     input_ids, labels, position_ids, document_ids = (np.empty(shape, np.int64) for _ in range(4))
     source_tokens = [0] * rules.num_sources
     for row, pieces in enumerate(sequences):
+        assert sum(p.stop - p.start for p in pieces) <= rules.sequence_length, (row, rules)
         start = 0
         for document, piece in enumerate(pieces):
             stop = start + piece.stop - piece.start
@@ -82,7 +83,6 @@ def pack(
             document_ids[row, start:stop] = document
             source_tokens[piece.source] += stop - start
             start = stop
-        assert start <= rules.sequence_length, (row, start, rules)
         input_ids[row, start:] = rules.padding_id
         labels[row, start:] = IGNORED_LABEL
         position_ids[row, start:] = np.arange(rules.sequence_length - start)

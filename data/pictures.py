@@ -7,21 +7,23 @@ The marker is the placeholder's id, so a document is expanded by repeating it. H
 the sizes in the index, so lengths are known without reading.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from math import prod
-from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data.config import DataConfig, ImageConfig
 from data.content import Content, Picture
-from data.faults import DamagedSampleError, Fault
+from data.faults import Cause, DamagedSampleError, Fault
 from data.images import UndecodableError, decode_image, fit
 from data.index import Medium
-from data.shards import MANIFEST_NAME, Manifest
+from data.reader import SplitReader
+from data.shards import Manifest
+from data.sources import training_manifests
 from data.video import decode_frames, frame_numbers
 from data.vision import patchify
 
@@ -47,10 +49,13 @@ class VisionGeometry:
         return self.channels * self.frames_per_patch * self.patch_size**2
 
 
+@runtime_checkable
 class StoredDocuments(Protocol):
     """What is needed of a `data.reader.SplitReader`."""
 
-    def __len__(self) -> int: ...  # noqa: D105
+    def __len__(self) -> int:
+        """Number of documents."""
+
     def num_tokens(self, document: int) -> int:
         """Of the stored tokens."""
 
@@ -63,7 +68,7 @@ class StoredDocuments(Protocol):
     def payload(self, document: int, member: int) -> bytes:
         """A member of the document."""
 
-    def fault(self, document: int, cause: str, detail: str) -> Fault:
+    def fault(self, document: int, cause: Cause, detail: str) -> Fault:
         """What is wrong with the document."""
 
 
@@ -124,7 +129,9 @@ class PictureDocuments:
         try:
             frames = decode(medium, payload, self._vision, self._config)
         except UndecodableError as error:
-            raise self._damaged(document, f"{medium.kind} at token {medium.place}: {error}") from error
+            raise self._damaged(
+                document, f"{medium.kind} at token {medium.place}: {error}"
+            ) from error
         patches, grid = patchify(
             frames,
             patch_size=self._vision.patch_size,
@@ -140,9 +147,7 @@ class PictureDocuments:
         )
 
 
-def rows_of(
-    medium: Medium, vision: VisionGeometry, config: ImageConfig
-) -> tuple[int, int, int]:
+def rows_of(medium: Medium, vision: VisionGeometry, config: ImageConfig) -> tuple[int, int, int]:
     """Rows that a picture becomes, in t, h and w; a pure function of its sizes."""
     columns, rows = fit(medium.width, medium.height, unit=vision.unit, max_units=config.max_rows)
     frames = len(frames_of(medium, vision, config)) if medium.kind == "video" else 0
@@ -177,24 +182,52 @@ def decode(
     return decode_frames(payload, frames_of(medium, vision, config), stored=stored, size=size)
 
 
+def has_pictures(config: DataConfig) -> bool:
+    """Whether some source holds pictures."""
+    return any(_with_media(config))
+
+
 def picture_problems(
     config: DataConfig, vision: VisionGeometry | None, sequence_length: int
 ) -> Iterator[str]:
     """Why the model, or its shortest sequences, cannot take the pictures of the sources.
 
     Args:
-        config: its sources are looked at; those whose files are missing are left to others.
+        config: its sources are looked at.
         vision: of the model.
         sequence_length: the shortest of the run.
     """
-    for name, source in config.sources.items():
-        folder = Path(source.path)
-        for place in (folder / "train", folder):
-            if (place / MANIFEST_NAME).is_file():
-                manifest = Manifest.read(place, key=f"data.sources.{name}.path")
-                if manifest.media_token_id is not None:
-                    yield from _source_problems(name, manifest, vision, config, sequence_length)
-                break
+    for name, manifest in _with_media(config):
+        yield from _source_problems(name, manifest, vision, config, sequence_length)
+
+
+def picture_documents(
+    config: DataConfig, vision: VisionGeometry | None
+) -> Callable[[SplitReader], PictureDocuments] | None:
+    """How `data.sources` opens a source with pictures; None: the model takes none."""
+    if vision is None:
+        return None
+    return partial(PictureDocuments, vision=vision, config=config.image)
+
+
+def picture_lengths(config: DataConfig, vision: VisionGeometry | None) -> dict[str, object]:
+    """What decides how many tokens a picture takes: a run that goes on must keep it.
+
+    Args:
+        config: of the recipe.
+        vision: None where no source has pictures.
+    """
+    if vision is None:
+        return {}
+    image = {f"data.image.{name}": value for name, value in asdict(config.image).items()}
+    model = {f"model.vision.{name}": value for name, value in asdict(vision).items()}
+    return image | model
+
+
+def _with_media(config: DataConfig) -> Iterator[tuple[str, Manifest]]:
+    for name, manifest in training_manifests(config):
+        if manifest.media_token_id is not None:
+            yield name, manifest
 
 
 def _source_problems(

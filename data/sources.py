@@ -145,7 +145,7 @@ def vocab_size(config: DataConfig) -> int:
         ValueError: a manifest is missing.
         UnreadableError: the storage fails.
     """
-    return max(manifest.vocab_size for _, manifest in _training_manifests(config))
+    return max(manifest.vocab_size for _, manifest in training_manifests(config))
 
 
 def supply_problem(config: DataConfig, tokens: int) -> str | None:
@@ -165,7 +165,7 @@ def supply_problem(config: DataConfig, tokens: int) -> str | None:
     if config.packing != "concat_split" or None in limits.values():
         return None
     supply, terms = 0, []
-    for name, manifest in _training_manifests(config):
+    for name, manifest in training_manifests(config):
         if manifest.media_token_id is not None:
             return None
         if epochs := limits.get(name):
@@ -179,7 +179,13 @@ def supply_problem(config: DataConfig, tokens: int) -> str | None:
     )
 
 
-def _training_manifests(config: DataConfig) -> Iterator[tuple[str, Manifest]]:
+def training_manifests(config: DataConfig) -> Iterator[tuple[str, Manifest]]:
+    """Name and manifest of each source, of what it has for training.
+
+    Raises:
+        ValueError: a manifest is missing.
+        UnreadableError: the storage fails.
+    """
     for name, source in sorted(config.sources.items()):
         folders = _splits(source.path, config.faults)
         folder = folders.get("train") or folders[WITHOUT_SPLITS]

@@ -3,6 +3,7 @@
 `tokenizers` learns and encodes, `datasets` spreads the encoding over processes.
 """
 
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -95,6 +96,12 @@ def decoded_tokens(tokenizer: Path) -> list[str]:
     ids = [[token] for token in range(loaded.get_vocab_size())]
     texts: list[str] = loaded.decode_batch(ids, skip_special_tokens=False)
     return texts
+
+
+def padding_id(tokenizer: Path) -> int:
+    """Id of PADDING, or 0 in a tokenizer of others: padding is masked, so that any token would do."""
+    added = json.loads(tokenizer.read_text(encoding="utf-8")).get("added_tokens", [])
+    return next((int(token["id"]) for token in added if token["content"] == PADDING), 0)
 
 
 @lru_cache(maxsize=1)

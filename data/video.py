@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data.images import UndecodableError, resize
+from data.images import UndecodableError, resize, undecodable
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -82,17 +82,18 @@ def decode_frames(
         UndecodableError: it is no video, cut short, has fewer frames, or another size.
         ImportError: PyAV is not installed.
     """
-    av = _pyav()
     try:
-        with av.open(BytesIO(payload), options={"format_whitelist": _FORMATS}) as container:
-            shown = {
-                number: resize(frame.to_image(), size)
-                for number, frame in _frames(container, sorted(set(numbers)), stored)
-            }
-    except (UndecodableError, MemoryError):
-        raise
-    except Exception as error:  # FFmpeg's errors, and PyAV's for what it does not expect
-        raise UndecodableError(f"{type(error).__name__}: {error}") from error
+        import av  # noqa: PLC0415 - optional
+    except ImportError as error:
+        raise ImportError(
+            "the corpus holds video, which PyAV decodes; type: pip install 'mneme[video]'"
+        ) from error
+    options = {"format_whitelist": _FORMATS}
+    with undecodable(), av.open(BytesIO(payload), "r", options=options) as container:
+        shown = {
+            number: resize(frame.to_image(), size)
+            for number, frame in _frames(container, sorted(set(numbers)), stored)
+        }
     return np.stack([shown[number] for number in numbers])
 
 
@@ -138,16 +139,11 @@ def _times(
 
     Reads the packets of the file and decodes none.
     """
-    packets = [p for p in container.demux(stream) if p.pts is not None and not p.is_discard]
-    keys = sorted((p.pts, p.pts if p.dts is None else p.dts) for p in packets if p.is_keyframe)
-    return sorted(p.pts for p in packets), keys
-
-
-def _pyav() -> Any:
-    try:
-        import av  # noqa: PLC0415 - optional
-    except ImportError as error:
-        raise ImportError(
-            "the corpus holds video, which PyAV decodes; type: pip install 'mneme[video]'"
-        ) from error
-    return av
+    packets = [packet for packet in container.demux(stream) if not packet.is_discard]
+    times = sorted(packet.pts for packet in packets if packet.pts is not None)
+    keys = [
+        (packet.pts, packet.pts if packet.dts is None else packet.dts)
+        for packet in packets
+        if packet.is_keyframe and packet.pts is not None
+    ]
+    return times, sorted(keys)

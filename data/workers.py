@@ -15,10 +15,13 @@ import pickle
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Generic, TypeAlias, TypeVar, cast
+from functools import partial
+from multiprocessing import resource_tracker
+from typing import Generic, TypeAlias, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -47,7 +50,9 @@ def in_processes(jobs: Sequence[Job[T]], depth: int) -> Iterator[list[T]]:
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
-    with _stop_requests_blocked():
+    with _stop_requests_blocked(), warnings.catch_warnings():
+        # torch compares with the node's cores, which the recipe's author divided among the ranks.
+        warnings.filterwarnings("ignore", "This DataLoader will create")
         items = iter(
             DataLoader(
                 _Items(jobs),
@@ -61,7 +66,7 @@ def in_processes(jobs: Sequence[Job[T]], depth: int) -> Iterator[list[T]]:
                 generator=torch.Generator(),
             )
         )
-    return _in_turn(items, len(jobs))
+    return _whole(_in_turn(items, len(jobs)))
 
 
 @dataclass(frozen=True)
@@ -96,30 +101,40 @@ class _Items(IterableDataset[T | _Failure], Generic[T]):
             yield _Failure.of(error, info.id)
 
 
-def _in_turn(items: Iterator[T | _Failure], workers: int) -> Iterator[list[T]]:
+def _in_turn(
+    items: Iterator[T | _Failure], workers: int
+) -> Generator[list[T | _Failure], None, None]:
     while True:
-        row = []
-        for _ in range(workers):
-            try:
-                item = next(items)
-            except RuntimeError as error:
-                raise RuntimeError(
-                    f"data.num_workers={workers}: {error}; a process that is killed has often run "
-                    "out of memory: use fewer workers, or data.prefetch_batches=1"
-                ) from error
+        try:
+            row = [next(items) for _ in range(workers)]
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"data.num_workers={workers}: {error}; a process that is killed has often run out "
+                "of memory: use fewer workers, or data.prefetch_batches=1"
+            ) from error
+        yield row
+
+
+def _whole(rows: Generator[list[T | _Failure], None, None]) -> Iterator[list[T]]:
+    """The rows, of which one with a failure raises it."""
+    for row in rows:
+        for item in row:
             if isinstance(item, _Failure):
+                # Ends the processes. Later the error would hold them until the garbage collector
+                # comes, which destroys the queues that tell them before it tells them.
+                rows.close()
                 item.error.add_note(item.note)
                 raise item.error
-            row.append(cast(T, item))
-        yield row
+        yield [item for item in row if not isinstance(item, _Failure)]
 
 
 @contextmanager
 def _stop_requests_blocked() -> Iterator[None]:
     """Processes started here never see a request to stop.
 
-    Slurm and a terminal send it to all processes of a job; the rank decides when its workers end.
+    Slurm and a terminal send it to all processes of a job; only the rank ends its workers.
     """
+    resource_tracker.ensure_running()  # as it starts, it unblocks signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_THE_RANK)
     try:
         yield
@@ -128,13 +143,21 @@ def _stop_requests_blocked() -> Iterator[None]:
 
 
 def _end_with_the_rank(worker: int) -> None:
-    """End this process when the rank does, however busy it is: its parent is the server."""
+    """End this process when the rank does or says so, however busy it is."""
     rank = multiprocessing.parent_process()
     assert rank is not None, worker
-    threading.Thread(target=_leave_after, args=(rank.join,), daemon=True).start()
+    assert rank.pid is not None, worker
+    for wait in (rank.join, partial(_wait_for_order, rank.pid)):
+        threading.Thread(target=_leave_after, args=(wait,), daemon=True).start()
 
 
-def _leave_after(wait: Callable[[], None]) -> None:
+def _wait_for_order(rank: int) -> None:
+    """Until the rank sends SIGTERM, as Python does to its children when it exits."""
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != rank:
+        pass
+
+
+def _leave_after(wait: Callable[[], object]) -> None:
     wait()
     os._exit(1)
 

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from data.config import DataConfig
+from data.pictures import VisionGeometry, picture_problems
 from data.resume import owned_items
 from data.sources import supply_problem, vocab_size
 from data.tokenizer import decoded_tokens
@@ -38,6 +39,7 @@ from train.model.roles import parameter_roles
 from train.model.rules import tensor_parallel_violations
 from train.model.transformer import Transformer
 from train.optim.build import build_optimizer
+from train.pictures import vision_geometry
 from train.pipeline_rules import problems
 from train.rank_model import RankModel
 from train.stages import Phase, phases
@@ -94,6 +96,16 @@ class Training:
         """Virtual lanes of the data, the same in all phases."""
         return self.config.data.num_lanes or self.config.train.global_batch_size
 
+    @property
+    def vision(self) -> VisionGeometry | None:
+        """How the model takes pictures, for the loader; None: it takes text only."""
+        return vision_geometry(self.config.model)
+
+    @property
+    def counts_data(self) -> bool:
+        """Whether this rank speaks for those that have the same sequences."""
+        return self.meshes.pp.get_local_rank() == self.meshes.sequence.get_local_rank() == 0
+
     def data_lanes(self) -> list[str]:
         """Keys of the positions in the data that this rank saves and restores."""
         return owned_items(self.num_lanes, self.data_rank, self.data_size)
@@ -107,8 +119,8 @@ def build(config: RunConfig) -> Training:
 
     Raises:
         ValueError: the recipe does not fit the number of ranks that were started, the layout not the
-            model, the recipe not the data engine, the model's vocabulary or the epochs not the corpus,
-            or the model's compiled parts or a kernel not this machine.
+            model, the recipe not the data engine, the model's vocabulary or vision or the epochs not
+            the corpus, or the model's compiled parts or a kernel not this machine.
         RuntimeError: a backend, kernel or data engine of the recipe cannot be used here.
     """
     if (tokens := vocab_size(config.data)) > config.model.vocab_size:
@@ -119,6 +131,9 @@ def build(config: RunConfig) -> Training:
     tokens = sum(phase.tokens_per_step * len(phase.steps) for phase in phases(config))
     if problem := supply_problem(config.data, tokens):
         raise ValueError(problem)
+    shortest = min(config.data.sequence_length, *(p.sequence_length for p in phases(config)))
+    if found := list(picture_problems(config.data, vision_geometry(config.model), shortest)):
+        raise ValueError("\n".join(found))
     backend = select_backend(config.parallel.backend)
     layout = ParallelLayout.from_config(config.parallel)
     world_size = int(os.environ["WORLD_SIZE"])

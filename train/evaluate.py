@@ -1,11 +1,13 @@
 """Loss on held-out shards: the same sequences every time, so that curves compare."""
 
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 
+from data.faults import Fault
 from data.loader import build_loader
 from train.build import Training
 from train.metrics import Record
@@ -14,24 +16,34 @@ from train.step import check_batch
 
 
 @torch.no_grad()
-def evaluate(training: Training) -> Record:
+def evaluate(
+    training: Training, on_faults: Callable[[Iterable[Fault]], None] | None = None
+) -> Record:
     """Next-token loss on the first `evaluate.num_sequences` packed sequences of the held-out split.
 
     Communication: one all-reduce of two numbers over the world, and that of `check_batch`.
+
+    Args:
+        training: the model.
+        on_faults: told of the samples that were left out, on the rank that read them.
 
     Returns:
         `validation/loss` in nats per token, the same on every rank.
     """
     config = training.config
     loader = build_loader(
-        replace(config.data, num_lanes=None, prefetch_batches=0),
+        # One batch is not worth the start of processes.
+        replace(config.data, num_lanes=None, prefetch_batches=0, num_workers=0),
         split="validation",
         seed=config.train.seed,
         global_batch_size=config.evaluate.num_sequences,
         data_rank=training.data_rank,
         data_size=training.data_size,
+        vision=training.vision,
     )
     batch, _ = next(loader)
+    if on_faults is not None:
+        on_faults(batch.faults)
     check_batch(training, batch)
     training.model.eval()
     sums = torch.zeros(2, dtype=training.sum_dtype, device=training.device)

@@ -6,9 +6,11 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from data.locate import BatchShape, Place
 from data.locate import locate as locate_in
+from data.pictures import has_pictures, picture_documents, picture_lengths
 from data.resume import owned_items
 from train.checkpoint.commit import complete_checkpoints, holds_only_weights
 from train.config import RunConfig
+from train.pictures import vision_geometry
 from train.recipe import load_resolved
 from train.stages import phases
 
@@ -34,6 +36,7 @@ def locate(run_dir: Path, step: int, sample: int | None = None) -> list[Place]:
     if checkpoint := _checkpoint_before(run_dir, step):
         before, path = checkpoint
         state = _positions(path, num_lanes)
+    vision = vision_geometry(config.model) if has_pictures(config.data) else None
     return locate_in(
         config.data,
         seed=config.train.seed,
@@ -42,6 +45,8 @@ def locate(run_dir: Path, step: int, sample: int | None = None) -> list[Place]:
         step=step,
         sample=sample,
         state=state,
+        lengths=picture_lengths(config.data, vision),
+        pictures=picture_documents(config.data, vision),
     )
 
 

@@ -1,14 +1,16 @@
 """The training loop of one rank, top to bottom."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from data.faults import Fault
 from data.lanes import NoDocumentsLeftError
 from data.loader import Batch, build_loader, fingerprint
 from data.prefetch import prefetch
@@ -57,11 +59,13 @@ def train(config: RunConfig, run_dir: Path, stop: StopRequest) -> int:
             progress = Progress(step=step, tokens=tokens, data_state=data_state)
             record |= batch_shape(phase)
             record |= timing(training, phase.tokens_per_step, started, fetched)
+            report_faults = partial(log_faults, training, run_dir, step)
+            report_faults(batch.faults)
             if due(step, config.evaluate.every_steps, config.train.steps):
-                record |= evaluate(training)
-            stopping, traffic = end_step(training, stop, sent)
+                record |= evaluate(training, report_faults)
+            stopping, totals = end_step(training, stop, sent, batch)
             if log:
-                log.write({"step": step, "tokens": progress.tokens, **record, **traffic})
+                log.write({"step": step, "tokens": progress.tokens, **record, **totals})
             if stopping:
                 exit_code = STOPPED_EXIT_CODE
             if exit_code or due(step, config.checkpoint.every_steps, config.train.steps):
@@ -160,7 +164,8 @@ def _planned_batches(
                 config.data,
                 sequence_length=phase.sequence_length,
                 num_lanes=training.num_lanes,
-                prefetch_batches=0,
+                # Without workers the thread below is the one that prepares ahead.
+                prefetch_batches=config.data.prefetch_batches if config.data.num_workers else 0,
             ),
             split="train",
             seed=config.train.seed,
@@ -168,6 +173,7 @@ def _planned_batches(
             data_rank=training.data_rank,
             data_size=training.data_size,
             state=data_state,
+            vision=training.vision,
         )
         ahead = prefetch(_with_plans(training.memory, loader), config.data.prefetch_batches)
         for step in steps:
@@ -207,30 +213,57 @@ def timing(training: Training, tokens: int, started: float, fetched: float) -> R
     }
 
 
+def log_faults(training: Training, run_dir: Path, step: int, faults: Iterable[Fault]) -> None:
+    """Write the samples that were left out into `events.jsonl`, once for each rank that reads them."""
+    if training.counts_data:
+        for fault in faults:
+            append_event(
+                run_dir,
+                step=step,
+                rank=dist.get_rank(),
+                event="skipped_sample",
+                detail=fault.detail,
+                source=fault.source,
+                shard=fault.shard,
+                key=fault.key,
+                cause=fault.cause,
+            )
+
+
 def end_step(
-    training: Training, stop: StopRequest, sent: Mapping[Axis, float]
+    training: Training, stop: StopRequest, sent: Mapping[Axis, float], batch: Batch
 ) -> tuple[bool, Record]:
-    """Whether some rank was asked to stop, and the mean over ranks of the bytes that they sent.
+    """Whether some rank was asked to stop, the mean over ranks of the bytes sent, and the data seen.
 
     The same on all ranks. Axes over which nothing was sent are left out.
 
-    Communication: one all-reduce of eight numbers over the world.
+    Communication: one all-reduce of ten numbers, and one for each source, over the world.
 
     Args:
         training: says the device.
         stop: the request to this rank, if there was one.
         sent: by this rank during the step.
+        batch: of this rank.
     """
-    numbers = [float(stop.requested), *sent.values()]
+    names = sorted(training.config.data.sources)
+    seen = (len(batch.faults), batch.input_ids.numel(), *batch.source_tokens)
+    seen = seen if training.counts_data else (0,) * len(seen)
+    numbers = [float(stop.requested), *sent.values(), *map(float, seen)]
     totals = sum_over(torch.tensor(numbers, dtype=training.sum_dtype, device=training.device))
-    requests, *all_sent = totals.tolist()
+    requests, *others = totals.tolist()
+    all_sent, (skipped, tokens, *by_source) = others[: len(sent)], others[len(sent) :]
     ranks = dist.get_world_size()
-    means = {
+    record: Record = {
         f"comm/{axis}_bytes": total / ranks
         for axis, total in zip(sent, all_sent, strict=True)
         if total
     }
-    return requests > 0, means
+    record |= {f"data/{n}_tokens": total for n, total in zip(names, by_source, strict=True)}
+    record |= {
+        "data/skipped_samples": skipped,
+        "data/packing_efficiency": sum(by_source) / tokens,
+    }
+    return requests > 0, record
 
 
 def due(step: int, every: int, last: int) -> bool:

@@ -19,7 +19,7 @@ from train.model.transformer import Transformer, TransformerOutput
 
 
 def split(batch: Batch, size: int) -> list[Batch]:
-    """Cut a rank's sequences into microbatches of `size`."""
+    """Cut a rank's sequences into microbatches of `size`, without what is for the log only."""
     return [
         Batch(
             input_ids=batch.input_ids[rows],

@@ -1,0 +1,20 @@
+"""Pictures made of numbers, for tests of where they go."""
+
+from io import BytesIO
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+
+def noise(width: int, height: int, seed: int = 0) -> NDArray[np.uint8]:
+    """Smooth colours that are different for every seed: [height, width, 3]."""
+    few = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8)
+    return np.asarray(Image.fromarray(few).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def jpeg(pixels: NDArray[np.uint8]) -> bytes:
+    """Encoded."""
+    file = BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=90)
+    return file.getvalue()
