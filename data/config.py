@@ -86,10 +86,11 @@ class DataConfig:
     """Virtual lanes V, fixed for the life of a run: the order depends on V, never on the number of
     ranks or workers. Must divide the global batch; null: the global batch size."""
     prefetch_batches: int = 2
-    """Batches prepared ahead by the loader thread; 0 prepares in the training thread."""
+    """Batches prepared ahead by the loader thread, and by each worker process, which has one at least;
+    0 without workers prepares in the training thread."""
     num_workers: int = 0
-    """Processes that read and decode for each rank; 0: the loader thread does. Needs no tuning for
-    text. The batches do not depend on it."""
+    """Processes that read and decode for each rank, at most one for each of its lanes; 0: the loader
+    thread does. Needs no tuning for text. The batches do not depend on it."""
     packing: Literal["concat_split", "best_fit"] = "concat_split"
     """concat_split: documents one after another, cut at the sequence's end; no token is lost and, for
     text, none is padding. best_fit: of `lookahead` documents the largest that still fits; documents

@@ -30,6 +30,7 @@ from train.recipe import load_resolved
 
 CHANGEABLE = (
     *("train.steps", "train.micro_batch_size"),
+    *("data.num_workers", "data.prefetch_batches", "data.faults", "data.weight_schedule"),
     *("checkpoint", "evaluate", "monitor", "launch", "parallel"),
 )
 """What may change when a run goes on: how long and how it is run, not what is learned from what."""

@@ -62,11 +62,18 @@ def document(key: str, parts: Sequence[int | SampleMedium]) -> Sample:
 
 
 def write_album(
-    folder: Path, documents: Sequence[Sample], *, sequence_length: int = 32, **config: Any
+    folder: Path,
+    documents: Sequence[Sample],
+    *,
+    sequence_length: int = 32,
+    tokenizer: Path | None = None,
+    vocab_size: int = 2**16,
+    **config: Any,
 ) -> DataConfig:
     """Write the documents as source `album`, and text as source `text`; the config that reads them."""
-    tokenizer = folder / "tokenizer.json"
-    tokenizer.write_text('{"added_tokens": [{"id": 1, "content": "<|pad|>"}]}')
+    if tokenizer is None:
+        tokenizer = folder / "tokenizer.json"
+        tokenizer.write_text('{"added_tokens": [{"id": 1, "content": "<|pad|>"}]}')
     text = [document(f"text/{n:03d}", range(3, 12 + 5 * n)) for n in range(9)]
     for name, samples, marker in (("album", documents, MARKER), ("text", text, None)):
         for split in ("train", "validation"):
@@ -76,7 +83,7 @@ def write_album(
                 source=name,
                 split=split,
                 tokenizer_sha256=hashlib.sha256(tokenizer.read_bytes()).hexdigest(),
-                vocab_size=2**16,
+                vocab_size=vocab_size,
                 media_token_id=marker,
             )
     return DataConfig(
