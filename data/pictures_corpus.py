@@ -194,7 +194,7 @@ def _clips(number: int) -> Iterator[tuple[str, list[Part]]]:
                 width=width,
                 height=height,
                 frames=length,
-                fps=_CLIP_FPS,
+                fps=float(_CLIP_FPS),
             )
             first, last = _colour(cut[0]), _colour(cut[-1])
             seconds = length / _CLIP_FPS
