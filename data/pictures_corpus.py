@@ -194,7 +194,7 @@ def _clips(number: int) -> Iterator[tuple[str, list[Part]]]:
                 width=width,
                 height=height,
                 frames=length,
-                fps=_CLIP_FPS,
+                fps=float(_CLIP_FPS),
             )
             first, last = _colour(cut[0]), _colour(cut[-1])
             seconds = length / _CLIP_FPS
@@ -211,7 +211,8 @@ def encode_clip(frames: Sequence[Pixels], fps: int) -> bytes:
         stream.height, stream.width = frames[0].shape[:2]
         stream.pix_fmt = "yuv420p"
         stream.thread_count = 1
-        stream.options = {"crf": "23", "g": "16", "threads": "1"}
+        # Constant quantisers: what x264 decides by looking ahead may differ from time to time.
+        stream.options = {"qp": "24", "g": "16", "threads": "1"}
         for pixels in frames:
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
             container.mux(stream.encode(frame))

@@ -27,6 +27,8 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pictures_corpus, "NUM_ILLUSTRATED", 8)
 
 
+# webdataset does not close the shards that it reads.
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 @pytest.mark.slow
 @pytest.mark.usefixtures("few")
 def test_documents_are_real_pictures_and_the_same_every_time(

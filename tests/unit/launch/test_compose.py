@@ -187,7 +187,7 @@ def test_entries_are_removed_and_added() -> None:
 
 def test_an_unknown_recipe_names_the_nearest() -> None:
     assert problems("v4_nan") == [
-        "v4_nan: no such recipe; nearest: v4_nano, v3_nano, v32_nano; or give a path to a .yaml"
+        "v4_nan: no such recipe; nearest: v4_nano, v3_nano, v4_nano_mm; or give a path to a .yaml"
     ]
     assert problems("./v4_nano.yaml")[0].startswith("./v4_nano.yaml: no such file")
 
