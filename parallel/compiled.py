@@ -32,6 +32,16 @@ def compiled(function: Callable[P, R]) -> Callable[P, R]:
     return kernel
 
 
+def compiled_into_callers(function: Callable[P, R]) -> Callable[P, R]:
+    """`compiled`, for what a loop does with each row: the loop contains it, and calls nothing.
+
+    A call with arrays is some hundred instructions: left to itself the compiler keeps it, and the
+    processor then sees too few rows at a time to wait for their memory together.
+    """
+    kernel: Callable[P, R] = njit(nogil=True, cache=True, forceinline=True)(inspect.unwrap(function))
+    return kernel
+
+
 @intrinsic  # type: ignore[untyped-decorator]
 def _prefetch(_typing: Any, _address: Any) -> Any:  # noqa: ANN401 - numba's types
     """Ask for the cache line at an address; no fault if nothing is mapped there."""
@@ -48,13 +58,17 @@ def _prefetch(_typing: Any, _address: Any) -> Any:  # noqa: ANN401 - numba's typ
     return types.none(types.uintp), generate
 
 
-@compiled
-def prefetch_row(array: NDArray[Any], row: int) -> None:
-    """Ask for `array[row]`, of a contiguous array, a while before it is needed.
+@compiled_into_callers
+def prefetch_rows(array: NDArray[Any], rows: NDArray[np.int64], first: int, count: int) -> None:
+    """Ask for `count` rows of a contiguous array, `rows[first]` and on, before they are needed.
 
-    Rows that lie far apart cost the time of the memory otherwise; the processor cannot guess them.
+    Rows that lie far apart cost the time of the memory otherwise; the processor cannot guess them. It
+    translates several addresses at a time if the requests follow one another closely; between the
+    arithmetic of one row and of the next, it had to wait for most of them.
     """
     size = np.uintp(array.strides[0])
-    start = np.uintp(array.ctypes.data) + np.uintp(row) * size
-    for offset in range(0, array.strides[0], _CACHE_LINE):
-        _prefetch(start + np.uintp(offset))
+    start = np.uintp(array.ctypes.data)
+    for place in range(first, min(first + count, rows.shape[0])):
+        row = start + np.uintp(rows[place]) * size
+        for offset in range(0, array.strides[0], _CACHE_LINE):
+            _prefetch(row + np.uintp(offset))

@@ -14,11 +14,11 @@ import numpy as np
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
 
-from parallel.compiled import compiled, prefetch_row
+from parallel.compiled import compiled, compiled_into_callers, prefetch_rows
 from parallel.config import EngramRowDtype
 
-PREFETCH_ROWS = 16
-"""How many rows ahead of the one at work memory is asked for; 8 to 32 are alike."""
+PREFETCH_ROWS = 64
+"""How many rows memory is asked for at once, before the first of them is at work; 16 to 256 are alike."""
 
 Master = type[np.float32] | type[np.float64]
 """Precision of what goes in and out of a table, and of updates: fp64 in fp64 runs."""
@@ -144,7 +144,7 @@ def _scale_exponent(values: Float[np.ndarray, "width"]) -> np.uint32:
     return np.uint32(exponent - np.uint32(8)) if exponent > np.uint32(9) else np.uint32(1)
 
 
-@compiled
+@compiled_into_callers
 def load_row(
     rows: NDArray[Any],
     scales: Float[np.ndarray, "rows"] | None,
@@ -171,7 +171,7 @@ def load_row(
             values[column] = rows[row, column]
 
 
-@compiled
+@compiled_into_callers
 def store_row(
     rows: NDArray[Any],
     scales: Float[np.ndarray, "rows"] | None,
@@ -217,6 +217,6 @@ def gather_rows(
 ) -> None:
     """Write stored rows, in the order of `local`, into `out`; see `load_row`."""
     for place in range(local.shape[0]):
-        if place + PREFETCH_ROWS < local.shape[0]:
-            prefetch_row(rows, local[place + PREFETCH_ROWS])
+        if place % PREFETCH_ROWS == 0:
+            prefetch_rows(rows, local, place, PREFETCH_ROWS)
         load_row(rows, scales, local[place], out[place])

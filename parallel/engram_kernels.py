@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
 
-from parallel.compiled import compiled, prefetch_row
+from parallel.compiled import compiled, compiled_into_callers, prefetch_rows
 from parallel.engram_formats import PREFETCH_ROWS, Rounding, load_row, store_row
 
 EXPONENTS = 160
@@ -41,12 +41,11 @@ def adam(
     number, (new1, beta2, new2, eps) = gradients.dtype.type, constants
     values = np.empty(gradients.shape[1], gradients.dtype)
     for place in range(local.shape[0]):
-        if place + PREFETCH_ROWS < local.shape[0]:
-            ahead = local[place + PREFETCH_ROWS]
-            prefetch_row(rows, ahead)
-            prefetch_row(exp_avg, ahead)
-            prefetch_row(exp_avg_sq, ahead)
-            prefetch_row(num_updates, ahead)
+        if place % PREFETCH_ROWS == 0:
+            prefetch_rows(rows, local, place, PREFETCH_ROWS)
+            prefetch_rows(exp_avg, local, place, PREFETCH_ROWS)
+            prefetch_rows(exp_avg_sq, local, place, PREFETCH_ROWS)
+            prefetch_rows(num_updates, local, place, PREFETCH_ROWS)
         row = local[place]
         num_updates[row] += 1
         count = min(num_updates[row], corrections.shape[0]) - 1
@@ -79,9 +78,9 @@ def adagrad(
     number, width = gradients.dtype.type, gradients.shape[1]
     values = np.empty(width, gradients.dtype)
     for place in range(local.shape[0]):
-        if place + PREFETCH_ROWS < local.shape[0]:
-            prefetch_row(rows, local[place + PREFETCH_ROWS])
-            prefetch_row(sum_of_squares, local[place + PREFETCH_ROWS])
+        if place % PREFETCH_ROWS == 0:
+            prefetch_rows(rows, local, place, PREFETCH_ROWS)
+            prefetch_rows(sum_of_squares, local, place, PREFETCH_ROWS)
         row, total = local[place], number(0)
         # One chain of additions: the processor does those of several rows at a time.
         for column in range(width):
@@ -112,8 +111,8 @@ def advance_momentum(
     """
     old, new = constants
     for place in range(local.shape[0]):
-        if place + PREFETCH_ROWS < local.shape[0]:
-            prefetch_row(momentum, local[place + PREFETCH_ROWS])
+        if place % PREFETCH_ROWS == 0:
+            prefetch_rows(momentum, local, place, PREFETCH_ROWS)
         row, total = local[place], 0.0
         for column in range(gradients.shape[1]):
             gradient = scale * gradients[place, column]
@@ -161,8 +160,8 @@ def apply_balanced(
     """Last pass of `SinkhornMomentum`: rows are normalized once more, and move by `rate` times that."""
     roots, values = np.sqrt(columns), np.empty(direction.shape[1], direction.dtype)
     for place in range(local.shape[0]):
-        if place + PREFETCH_ROWS < local.shape[0]:
-            prefetch_row(rows, local[place + PREFETCH_ROWS])
+        if place % PREFETCH_ROWS == 0:
+            prefetch_rows(rows, local, place, PREFETCH_ROWS)
         factor = rate * np.sqrt(_inverse_square(direction, place, columns))
         load_row(rows, scales, local[place], values)
         for column in range(direction.shape[1]):
@@ -170,7 +169,7 @@ def apply_balanced(
         store_row(rows, scales, local[place], values, rounding)
 
 
-@compiled
+@compiled_into_callers
 def _inverse_square(
     direction: Float[np.ndarray, "touched width"], place: int, columns: Float[np.ndarray, "width"]
 ) -> np.floating[Any]:
