@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from parallel.backend.base import Backend
 from parallel.collectives import sum_over
+from parallel.deepspeed_traffic import count_deepspeed_traffic
 
 _STATES = ("exp_avg", "exp_avg_sq")
 
@@ -49,6 +50,7 @@ class ZeroEngine:
     ) -> None:
         self._parameters = dict(model.named_parameters())
         deepspeed.init_distributed(backend.process_group_backend, dist_init_required=False)
+        count_deepspeed_traffic(deepspeed)
         self._engine, self._zero, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=settings, dist_init_required=False
         )

@@ -25,6 +25,8 @@ from parallel.config import Offload, ParallelConfig, ZeroConfig
 from parallel.deepspeed_engine import ZeroEngine
 from parallel.deepspeed_setup import load_deepspeed, materialise, zero_settings
 from parallel.initialize import Init
+from parallel.traffic import take_sent
+from tests.distributed.test_traffic import Wire
 from tests.harness import run_distributed
 
 WIDTH, BATCH, MICROBATCHES = 5, 12, 2
@@ -306,3 +308,29 @@ def test_what_is_wrong_with_gradients_is_seen_on_all_ranks() -> None:
         assert not np.isfinite(norms).any()
         for error in errors:
             assert "['last.weight', 'shared.bias', 'shared.weight']" in error
+
+
+def send(rank: int) -> list[tuple[dict[str, float], int]]:
+    """A step of each stage: bytes by our counters, and by the operations that torch issued."""
+    seen = []
+    for zero in STAGES:
+        model, engine = build(zero)
+        take_sent()
+        with Wire() as wire:
+            accumulate(model, engine, rank, 3, 0)
+            engine.clip_gradients()
+            engine.step(RATES[1])
+        seen.append((dict(take_sent()), wire.sent.total()))
+    return seen
+
+
+def test_what_deepspeed_sends_is_counted() -> None:
+    ranks = 3
+    whole = sum(parameter.nbytes for parameter in Shared().parameters())
+    for zero, *seen in zip(STAGES, *run_distributed(send, ranks), strict=True):
+        sent = [sum(counted.values()) for counted, _ in seen]
+        assert sent == pytest.approx([issued for _, issued in seen], abs=len(STAGES)), zero
+        for counted, _ in seen:
+            assert {axis for axis, num_bytes in counted.items() if num_bytes} == {"dp", "world"}
+            # At least the gradients are summed and the parameters gathered.
+            assert counted["dp"] >= 2 * whole * (ranks - 1) / ranks, zero

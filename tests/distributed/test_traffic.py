@@ -54,6 +54,8 @@ def _sent(name: str, given: dict[str, Any], rank: int, ranks: int) -> float:
             return float(given["output_tensor"].nbytes * (ranks - 1))
         case "allreduce_":
             return float(sum(2 * x.nbytes * (ranks - 1) / ranks for x in given["tensors"]))
+        case "broadcast_":  # a mean over the ranks, the last of which sends nothing
+            return float(sum(x.nbytes * (ranks - 1) / ranks for x in given["tensors"]))
         case "alltoall_base_":
             x, splits = given["input"], given["input_split_sizes"]
             own = splits[rank] if splits else len(x) // ranks
