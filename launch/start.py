@@ -6,6 +6,7 @@
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import cast, get_args
 
@@ -82,7 +83,8 @@ def resume(run_dir: Path, overrides: Sequence[str]) -> int:
     before = load_resolved(run_dir / "recipe.yaml")
     newest = newest_checkpoint(run_dir)
     begun = newest is None or not holds_only_weights(newest[1])
-    config = change(before, overrides, _changeable(before, overrides, begun=begun))
+    asked = _with_fresh_tables_spent(before, newest)
+    config = change(asked, overrides, _changeable(asked, overrides, begun=begun))
     if problems := obstacles(config):
         raise RecipeError([*problems, *_started_elsewhere(run_dir)])
     if newest and config.model.engram is not None:
@@ -103,6 +105,19 @@ def resume(run_dir: Path, overrides: Sequence[str]) -> int:
     if config != before:
         write_recipe(run_dir, config, overrides)
     return _run_and_summarize(run_dir, config)
+
+
+def _with_fresh_tables_spent(config: RunConfig, newest: tuple[int, Path] | None) -> RunConfig:
+    """Fresh tables are for the change for which they were typed: refuse again once they are saved.
+
+    Until then a run may fail and go on as often as it likes; afterwards another change, or a
+    checkpoint that knows of no tables, would take away what has been trained since.
+    """
+    if config.checkpoint.unfit_tables == "refuse" or newest is None or config.model.engram is None:
+        return config
+    if differences(newest[1], config, recipe_geometry(config)):
+        return config
+    return replace(config, checkpoint=replace(config.checkpoint, unfit_tables="refuse"))
 
 
 def _changeable(before: RunConfig, overrides: Sequence[str], *, begun: bool) -> tuple[str, ...]:

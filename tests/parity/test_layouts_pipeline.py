@@ -276,6 +276,39 @@ def test_sparse_attention_through_its_stages(
     assert_same(run(in_pipeline(config, 2, schedule, **keys)), run(on_one_rank(config)))
 
 
+def test_the_indexers_warm_up_in_a_pipeline(tiny_corpus: Path) -> None:
+    """As in V3.2: all else frozen, at a rate of its own, then everything learns."""
+    config = with_layers(sparse_recipe(tiny_corpus, 1, 1, 2), 3)
+    stages = (
+        StageConfig(steps=1, learning_rate=1e-3, indexer_stage="dense_warmup"),
+        StageConfig(learning_rate=1e-4, indexer_stage="sparse"),
+    )
+    config = replace(config, train=replace(config.train, steps=2, stages=stages))
+    found = run(in_pipeline(config, 2, pipeline_layers=(2, 1)))
+    assert_same(found, run(on_one_rank(config)))
+    assert all("dsa/indexer_kl" in record for record in found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["1f1b", "zbv"])
+def test_muon_and_longer_sequences_from_the_warm_up_on(
+    tiny_corpus: Path, schedule: PipelineSchedule
+) -> None:
+    """As in V4: dense, then a warm-up with longer sequences in smaller batches; beside data."""
+    config = hybrid_recipe(tiny_corpus, 2, 1)
+    compressed = replace(config.model.compressed, compress_ratios=(0, 4, 16, 4, 4))
+    config = with_layers(config, 4, compressed=compressed)
+    longer = {"sequence_length": 48, "global_batch_size": 4, "micro_batch_size": 1}
+    stages = (
+        StageConfig(steps=1, sequence_length=24, indexer_stage="dense"),
+        StageConfig(steps=2, indexer_stage="dense_warmup", **longer),
+        StageConfig(indexer_stage="sparse", **longer),
+    )
+    train = replace(config.train, steps=5, stages=stages, micro_batch_size=2)
+    config = replace(config, train=train, optim=MUON)
+    assert_same(run(in_pipeline(config, 2, schedule)), run(on_one_rank(config)))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "schedule", "ratios", "keys"),

@@ -147,4 +147,25 @@ def test_tables_of_engram_may_change_where_fresh_ones_are_wanted(
     assert model.engram is not None
     assert model.engram.rows_per_head == 99
     with pytest.raises(RecipeError, match=r"model\.engram\.head_dim=4: cannot"):
-        start.resume(Path("runs/d"), ["model.engram.head_dim=4"])
+        start.resume(Path("runs/d"), ["model.engram.head_dim=4", fresh])
+
+
+def test_fresh_tables_are_started_once(
+    toy: Environment, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not again after they were saved, unless it is typed again; again as long as they were not."""
+    run_dir, fresh = Path("runs/e"), "checkpoint.unfit_tables=fresh"
+    train(run_dir=run_dir)
+    toy(crash=[0], steps=40)
+    assert start.resume(run_dir, ["train.steps=40", "model.engram.rows_per_head=99", fresh]) == 1
+    toy(steps=40)
+    assert start.resume(run_dir, []) == 0
+    assert load_resolved(run_dir / "recipe.yaml").checkpoint.unfit_tables == "fresh"
+    more_rows = ["train.steps=60", "model.engram.rows_per_head=123"]
+    with pytest.raises(RecipeError, match=f"rows_per_head=123: rows .* add {fresh}"):
+        start.resume(run_dir, more_rows)
+    toy(steps=60)
+    capsys.readouterr()
+    assert start.resume(run_dir, more_rows[:1]) == 0
+    assert "  checkpoint.unfit_tables: fresh -> refuse\n" in capsys.readouterr().out
+    assert load_resolved(run_dir / "recipe.yaml").checkpoint.unfit_tables == "refuse"
