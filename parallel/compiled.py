@@ -38,7 +38,9 @@ def compiled_into_callers(function: Callable[P, R]) -> Callable[P, R]:
     A call with arrays is some hundred instructions: left to itself the compiler keeps it, and the
     processor then sees too few rows at a time to wait for their memory together.
     """
-    kernel: Callable[P, R] = njit(nogil=True, cache=True, forceinline=True)(inspect.unwrap(function))
+    kernel: Callable[P, R] = njit(nogil=True, cache=True, forceinline=True)(
+        inspect.unwrap(function)
+    )
     return kernel
 
 

@@ -26,6 +26,7 @@ from parallel.deepspeed_engine import ZeroEngine
 from parallel.deepspeed_setup import load_deepspeed, materialise, zero_settings
 from parallel.initialize import Init
 from parallel.traffic import take_sent
+from parallel.volume import Axis
 from tests.distributed.test_traffic import Wire
 from tests.harness import run_distributed
 
@@ -310,7 +311,7 @@ def test_what_is_wrong_with_gradients_is_seen_on_all_ranks() -> None:
             assert "['last.weight', 'shared.bias', 'shared.weight']" in error
 
 
-def send(rank: int) -> list[tuple[dict[str, float], int]]:
+def send(rank: int) -> list[tuple[dict[Axis, float], int]]:
     """A step of each stage: bytes by our counters, and by the operations that torch issued."""
     seen = []
     for zero in STAGES:
@@ -320,7 +321,7 @@ def send(rank: int) -> list[tuple[dict[str, float], int]]:
             accumulate(model, engine, rank, 3, 0)
             engine.clip_gradients()
             engine.step(RATES[1])
-        seen.append((dict(take_sent()), wire.sent.total()))
+        seen.append((take_sent(), wire.sent.total()))
     return seen
 
 

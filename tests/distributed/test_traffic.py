@@ -330,6 +330,7 @@ def test_two_ranks_send_what_is_counted_and_predicted(tiny_corpus: Path) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize(("ranks", "cases"), [(2, TWO_MORE), (4, FOUR)], ids=["two", "four"])
 def test_more_layouts_send_what_is_counted_and_predicted(
     tiny_corpus: Path, ranks: int, cases: dict[str, dict[str, Any]]

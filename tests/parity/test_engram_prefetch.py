@@ -27,6 +27,9 @@ from train.step import train_step
 
 def recipe(corpus: Path, steps: int, **parallel: Any) -> RunConfig:
     sources = {"code": SourceConfig(path=str(corpus / "code"))}
+    sequences = 4 // parallel.get("data_parallel_size", 1)
+    # A step of four ranks on two cores takes a third of a second for each microbatch.
+    microbatches = parallel.get("pipeline_parallel_size", 1)
     return RunConfig(
         name="prefetch",
         model=ModelConfig(
@@ -46,7 +49,7 @@ def recipe(corpus: Path, steps: int, **parallel: Any) -> RunConfig:
         train=TrainConfig(
             steps=steps,
             global_batch_size=4,
-            micro_batch_size=1 if "data_parallel_size" in parallel else 2,
+            micro_batch_size=sequences // microbatches,
         ),
     )
 

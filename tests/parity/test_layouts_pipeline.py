@@ -305,7 +305,8 @@ def test_muon_and_longer_sequences_from_the_warm_up_on(
         StageConfig(indexer_stage="sparse", **longer),
     )
     train = replace(config.train, steps=5, stages=stages, micro_batch_size=2)
-    config = replace(config, train=train, optim=MUON)
+    data = replace(config.data, num_lanes=4)
+    config = replace(config, train=train, optim=MUON, data=data)
     assert_same(run(in_pipeline(config, 2, schedule)), run(on_one_rank(config)))
 
 
