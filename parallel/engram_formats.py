@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from parallel.compiled import compiled, compiled_into_callers, prefetch_rows
 from parallel.config import EngramRowDtype
 
-PREFETCH_ROWS = 64
-"""How many rows memory is asked for at once, before the first of them is at work; 16 to 256 are alike."""
+PREFETCH_ROWS = 32
+"""How many rows memory is asked for at once, before the first of them is at work; 16 to 64 are alike."""
 
 Master = type[np.float32] | type[np.float64]
 """Precision of what goes in and out of a table, and of updates: fp64 in fp64 runs."""
