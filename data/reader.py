@@ -4,11 +4,11 @@
 indexes and lists the folder; it reads no document.
 """
 
-import zlib
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,6 +61,7 @@ class SplitReader:
         faults = faults or FaultConfig()
         place = str(folder) if split == WITHOUT_SPLITS else inside(str(folder), split)
         self._folder = open_folder(place, faults)
+        self._read = self._folder.read
         self._key = f"data.sources.{source}.path={folder}"
         self._sizes = self._folder.sizes()
         self.manifest = read_manifest(self._folder, self._key)
@@ -69,6 +70,10 @@ class SplitReader:
         if faults.damaged == "raise":
             for name, index in zip(self._shards, self._indexes, strict=True):
                 self._refuse_damaged(name, index)
+        self._token_files = [
+            name + TOKENS_SUFFIX if index.tokens_beside else name
+            for name, index in zip(self._shards, self._indexes, strict=True)
+        ]
         self._starts = list(accumulate(map(len, self._indexes), initial=0))
 
     def __len__(self) -> int:
@@ -105,15 +110,18 @@ class SplitReader:
             DamagedSampleError: they are not what was written.
             UnreadableError: the storage fails.
         """
-        shard, sample = self._locate(document)
-        index, name = self._indexes[shard], self._shards[shard]
-        raw = self._checked(
-            document,
-            name + TOKENS_SUFFIX if index.tokens_beside else name,
-            start=index.token_offset.item(sample),
-            size=index.num_tokens.item(sample) * index.token_bytes,
-            crc32=index.token_crc32.item(sample),
-        )
+        # For every document of every rank, so without the calls that `payload` makes.
+        shard = bisect_right(self._starts, document) - 1
+        sample, index = document - self._starts[shard], self._indexes[shard]
+        name, start = self._token_files[shard], index.token_offset.item(sample)
+        size = index.num_tokens.item(sample) * index.token_bytes
+        try:
+            raw = self._read(name, start, size)
+        except FileNotFoundError:
+            raise self._gone(document, name) from None
+        checksum = index.token_crc32.item(sample)
+        if len(raw) != size or crc32(raw) != checksum:
+            raise self._not_as_written(document, raw, size, checksum)
         return np.frombuffer(raw, index.token_dtype)
 
     def payload(self, document: int, member: int) -> bytes:
@@ -125,13 +133,11 @@ class SplitReader:
         """
         shard, _ = self._locate(document)
         index = self._indexes[shard]
-        return self._checked(
-            document,
-            self._shards[shard],
-            start=index.offset.item(member),
-            size=index.size.item(member),
-            crc32=index.crc32.item(member),
-        )
+        size, checksum = index.size.item(member), index.crc32.item(member)
+        raw = self._read_of(document, self._shards[shard], index.offset.item(member), size)
+        if len(raw) != size or crc32(raw) != checksum:
+            raise self._not_as_written(document, raw, size, checksum)
+        return raw
 
     def sample(self, document: int) -> dict[str, bytes]:
         """All members of a document by their extension, in one read.
@@ -144,14 +150,16 @@ class SplitReader:
         index = self._indexes[shard]
         first, stop = index.first_member[number : number + 2].tolist()
         names = index.member_names(first, stop)
+        after_key = len(split_name(names[0])[0]) + 1
         offsets, sizes = index.offset[first:stop].tolist(), index.size[first:stop].tolist()
         start, end = offsets[0], offsets[-1] + sizes[-1]
-        raw = self._read(document, self._shards[shard], start, end - start)
+        raw = self._read_of(document, self._shards[shard], start, end - start)
         sums, found = index.crc32[first:stop].tolist(), {}
-        for name, offset, size, crc32 in zip(names, offsets, sizes, sums, strict=True):
+        for name, offset, size, checksum in zip(names, offsets, sizes, sums, strict=True):
             payload = raw[offset - start : offset - start + size]
-            self._check(document, payload, size, crc32)
-            found[split_name(name)[1]] = payload
+            if len(payload) != size or crc32(payload) != checksum:
+                raise self._not_as_written(document, payload, size, checksum)
+            found[name[after_key:]] = payload
         return found
 
     def place(self, document: int) -> tuple[str, str]:
@@ -167,24 +175,22 @@ class SplitReader:
         shard = bisect_right(self._starts, document) - 1
         return shard, document - self._starts[shard]
 
-    def _checked(self, document: int, name: str, *, start: int, size: int, crc32: int) -> bytes:
-        raw = self._read(document, name, start, size)
-        self._check(document, raw, size, crc32)
-        return raw
-
-    def _read(self, document: int, name: str, start: int, size: int) -> bytes:
+    def _read_of(self, document: int, name: str, start: int, size: int) -> bytes:
         try:
-            return self._folder.read(name, start, size)
+            return self._read(name, start, size)
         except FileNotFoundError:
-            detail = f"{self._folder.where(name)} is gone"
-            raise self._damaged(document, "missing shard", detail) from None
+            raise self._gone(document, name) from None
 
-    def _check(self, document: int, raw: bytes, size: int, crc32: int) -> None:
+    def _gone(self, document: int, name: str) -> DamagedSampleError:
+        return self._damaged(document, "missing shard", f"{self._folder.where(name)} is gone")
+
+    def _not_as_written(
+        self, document: int, raw: bytes, size: int, checksum: int
+    ) -> DamagedSampleError:
         if len(raw) != size:
-            raise self._damaged(document, "truncated", f"{len(raw)} of {size} bytes")
-        if (found := zlib.crc32(raw)) != crc32:
-            detail = f"CRC-32 {found:08x}, but {crc32:08x} was written"
-            raise self._damaged(document, "checksum", detail)
+            return self._damaged(document, "truncated", f"{len(raw)} of {size} bytes")
+        detail = f"CRC-32 {crc32(raw):08x}, but {checksum:08x} was written"
+        return self._damaged(document, "checksum", detail)
 
     def _damaged(self, document: int, cause: Cause, detail: str) -> DamagedSampleError:
         return DamagedSampleError(self.fault(document, cause, detail), _REMEDY)

@@ -136,7 +136,7 @@ class Folder(ABC):
 
 
 class LocalFolder(Folder):
-    """Keeps the files open that were read last."""
+    """Keeps files open: those that were opened last."""
 
     def __init__(self, place: str, faults: FaultConfig) -> None:
         super().__init__(place, faults)
@@ -158,7 +158,9 @@ class LocalFolder(Folder):
             os.close(files.popitem()[1])
 
     def _read(self, name: str, start: int, size: int) -> bytes:
-        file = self._open(name)
+        file = self._files.get(name)
+        if file is None:
+            file = self._open(name)
         raw = os.pread(file, size, start)
         return raw if len(raw) == size else self._read_rest(file, raw, start, size)
 
@@ -170,10 +172,6 @@ class LocalFolder(Folder):
         return b"".join(parts)
 
     def _open(self, name: str) -> int:
-        file = self._files.get(name)
-        if file is not None:
-            self._files.move_to_end(name)
-            return file
         file = self._files[name] = os.open(self._path / name, os.O_RDONLY | os.O_CLOEXEC)
         if len(self._files) > _MAX_OPEN_FILES:
             os.close(self._files.popitem(last=False)[1])

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from io import BytesIO
 from pathlib import Path
 
@@ -68,6 +68,11 @@ def rates(readers: dict[str, tuple[Reader, int]]) -> dict[str, float]:
     return found
 
 
+def consume(items: Iterable[object]) -> int:
+    """Take all items and keep none; returns how many there were."""
+    return sum(1 for _ in items)
+
+
 def order(size: int) -> list[int]:
     """A random order, made beforehand."""
     return [permute(position, size, round_keys(0, "bench", 0)) for position in range(size)]
@@ -82,15 +87,15 @@ def text(corpora: Corpora) -> list[Row]:
     reader, documents = SplitReader(corpora.text, source="text", split="train"), order(DOCUMENTS)
 
     def stock() -> int:
-        return sum(1 for _ in webdataset.WebDataset(urls, shardshuffle=False, empty_check=False))
+        return consume(webdataset.WebDataset(urls, shardshuffle=False, empty_check=False))
 
     def hugging_face() -> int:
         stream = datasets.load_dataset("webdataset", data_files=urls, split="train", streaming=True)
-        return sum(1 for _ in stream)
+        return consume(stream)
 
     found = rates(
         {
-            "Mneme": (lambda: [reader.sample(document) for document in documents], DOCUMENTS),
+            "Mneme": (lambda: consume(map(reader.sample, documents)), DOCUMENTS),
             "webdataset": (stock, DOCUMENTS),
             "Hugging Face streaming": (hugging_face, DOCUMENTS),
         }
@@ -109,8 +114,8 @@ def tokens(corpora: Corpora) -> list[Row]:
     indexed = IndexedDataset(str(corpora.indexed))
     found = rates(
         {
-            "Mneme": (lambda: [reader.stored_tokens(d) for d in documents], DOCUMENTS),
-            "IndexedDataset": (lambda: [indexed.get(d) for d in documents], DOCUMENTS),
+            "Mneme": (lambda: consume(map(reader.stored_tokens, documents)), DOCUMENTS),
+            "IndexedDataset": (lambda: consume(map(indexed.get, documents)), DOCUMENTS),
         }
     )
     return [row("token ids of a document", "documents/s", found, "IndexedDataset", target=1 / 1.5)]
@@ -122,7 +127,7 @@ def batches(corpora: Corpora) -> list[Row]:
 
     def of(path: Path) -> Reader:
         config = _config(corpora, path)
-        return lambda: list(itertools.islice(_loader(config), BATCHES))
+        return lambda: consume(itertools.islice(_loader(config), BATCHES))
 
     found = rates(
         {"Mneme": (of(corpora.text), number), "IndexedDataset": (of(corpora.indexed), number)}
@@ -142,7 +147,7 @@ def images(corpora: Corpora) -> list[Row]:
 
     found = rates(
         {
-            "Mneme": (lambda: [documents.read(d) for d in order(IMAGES)], IMAGES),
+            "Mneme": (lambda: consume(map(documents.read, order(IMAGES))), IMAGES),
             "bare decoding": (decode, IMAGES),
         }
     )
