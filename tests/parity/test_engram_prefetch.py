@@ -28,18 +28,20 @@ from train.step import train_step
 def recipe(corpus: Path, steps: int, **parallel: Any) -> RunConfig:
     sources = {"code": SourceConfig(path=str(corpus / "code"))}
     sequences = 4 // parallel.get("data_parallel_size", 1)
-    # A step of four ranks on two cores takes a third of a second for each microbatch.
+    # A step of four ranks on two cores takes a sixth of a second for each block and microbatch.
     microbatches = parallel.get("pipeline_parallel_size", 1)
+    layers = 1 if "context_parallel_size" in parallel else 2
     return RunConfig(
         name="prefetch",
         model=ModelConfig(
             vocab_size=512,
             hidden_size=16,
-            num_layers=2,
+            num_layers=layers,
+            num_dense_layers=layers - 1,
             intermediate_size=32,
             residual="plain",
             moe=MoeConfig(num_experts=4, expert_intermediate_size=8),
-            engram=EngramConfig(layers=(0, 1), rows_per_head=50, head_dim=4),
+            engram=EngramConfig(layers=tuple(range(layers)), rows_per_head=50, head_dim=4),
         ),
         parallel=ParallelConfig(**parallel),
         data=DataConfig(
@@ -95,7 +97,7 @@ def run(
         losses, _, late = of_ranks[0]
         assert all(of_rank[0] == losses for of_rank in of_ranks)
         rows = {name: values for _, found, _ in of_ranks for name, values in found.items()}
-        assert len(rows) == 2
+        assert len(rows) == config.model.num_layers
         traces.append((losses, rows, late))
     return traces
 

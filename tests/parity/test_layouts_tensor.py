@@ -151,7 +151,6 @@ def name_of(case: object) -> str:
     ("model", "parallel"),
     [
         ("mhc", layout(tensor=2, data=2, expert=4)),
-        pytest.param("dsa", layout(tensor=2, expert=2), marks=pytest.mark.slow),
         pytest.param("two_experts", layout(tensor=4, expert=4), marks=pytest.mark.slow),
     ],
     ids=name_of,
@@ -186,11 +185,10 @@ LAYOUTS = [
     layout(tensor=2),
     layout(tensor=4),
     layout(tensor=2, data=2),
-    layout(tensor=2, expert=2),
     layout(tensor=2, data_replicate=2, expert=4),
-    layout(tensor=2, context=2, expert=2),
     layout(tensor=2, data=2, context=2, expert=4),
 ]
+OF_EVERY_MODEL = [layout(tensor=2, expert=2), layout(tensor=2, context=2, expert=2)]
 
 
 @pytest.mark.slow
@@ -203,7 +201,7 @@ def test_every_layout(tiny_corpus: Path, parallel: ParallelConfig) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("parallel", [LAYOUTS[3], LAYOUTS[5]], ids=name_of)
+@pytest.mark.parametrize("parallel", OF_EVERY_MODEL, ids=name_of)
 def test_every_model(tiny_corpus: Path, model: str, parallel: ParallelConfig) -> None:
     compare(tiny_corpus, model, parallel)
 
