@@ -27,7 +27,7 @@ def raised(rule: AlarmConfig, *values: float | None) -> list[int]:
 def test_once_for_each_time_that_the_bound_is_broken(
     values: tuple[float | None, ...], places: list[int]
 ) -> None:
-    assert raised(AlarmConfig(metric="loss", above=5), *values) == places
+    assert raised(AlarmConfig(metric="loss", above=5.0), *values) == places
 
 
 def test_below_and_several_records_in_a_row() -> None:
@@ -36,14 +36,14 @@ def test_below_and_several_records_in_a_row() -> None:
 
 
 def test_it_says_what_was_broken_and_asks_for_its_action() -> None:
-    alarms = Alarms({"gain": AlarmConfig(metric="mhc/gain", above=5, action="stop")})
+    alarms = Alarms({"gain": AlarmConfig(metric="mhc/gain", above=5.0, action="stop")})
     (alarm,) = alarms.check({"mhc/gain": 7.25})
     assert alarm.action == "stop"
     assert alarm.detail == "gain: mhc/gain = 7.25, above 5"
 
 
 def test_a_metric_that_never_comes_is_told_once() -> None:
-    rules = {name: AlarmConfig(metric=name, above=1) for name in ("loss", "los")}
+    rules = {name: AlarmConfig(metric=name, above=1.0) for name in ("loss", "los")}
     alarms = Alarms(rules)
     alarms.check({"loss": 0.5})
     assert alarms.unseen() == ["los: no record has los; names are those of metrics.jsonl"]

@@ -28,7 +28,7 @@ def data(tmp_path: Path) -> DataConfig:
 def test_the_step_at_which_a_lane_has_nothing_left_is_named(data: DataConfig) -> None:
     config = RunConfig(name="r", data=data, train=TrainConfig(steps=20, global_batch_size=2))
     training = Mock(spec=Training, config=config, data_rank=0, data_size=1, memory=None)
-    training.num_lanes = 2
+    training.num_lanes, training.vision = 2, None
     batches = open_batches(training, Progress(step=0, tokens=0, data_state={}))
     seen: list[object] = []
     with pytest.raises(NoDocumentsLeftError) as caught:
