@@ -27,7 +27,7 @@ test: install
 	$(BIN)/pytest -n 2 --dist loadfile --timeout 120
 
 test-slow: install
-	$(BIN)/pytest -m "slow and not gpu and not npu" --timeout 300 $(TESTS)
+	$(BIN)/pytest -n 2 --dist loadfile -m "slow and not gpu and not npu" --timeout 600 $(TESTS)
 
 # On a machine with an accelerator: its tests, and the benchmarks on it.
 test-gpu: install
