@@ -6,6 +6,7 @@ Sizes are counted in units: a unit is the square of pixels that becomes one row,
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from io import BytesIO
 
 import numpy as np
@@ -35,6 +36,7 @@ def undecodable() -> Iterator[None]:
         raise UndecodableError(f"{type(error).__name__}: {error}") from error
 
 
+@lru_cache(maxsize=4096)
 def fit(width: int, height: int, *, unit: int, max_units: int) -> tuple[int, int]:
     """Size of a picture in units (columns, rows); a pure function of its size in pixels.
 

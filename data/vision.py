@@ -100,11 +100,14 @@ def patchify(
             f"frames and {side} pixels; repeat frames and resize first"
         )
     t, h, w = number // frames_per_patch, height // patch_size, width // patch_size
+    # A row of a patch is what moves, as one item: numpy takes a third of the time for it.
+    planes = np.ascontiguousarray(frames.transpose(0, 3, 1, 2))
+    rows = planes.view(np.dtype((np.void, patch_size)))
     blocks = (h // spatial_merge, spatial_merge, patch_size, w // spatial_merge, spatial_merge)
-    cut = frames.reshape(t, frames_per_patch, *blocks, patch_size, channels)
-    # (t, frame, block row, row in block, y, block column, column in block, x, channel) to
-    # (t, block row, block column, row in block, column in block, channel, frame, y, x).
-    patches = cut.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(t * h * w, -1)
+    cut = rows.reshape(t, frames_per_patch, channels, *blocks)
+    # (t, frame, channel, block row, row in block, y, block column, column in block) to
+    # (t, block row, block column, row in block, column in block, channel, frame, y).
+    patches = cut.transpose(0, 3, 6, 4, 7, 2, 1, 5).reshape(t * h * w, -1).view(np.uint8)
     return patches, (t, h, w)
 
 

@@ -27,7 +27,16 @@ from data.order import permute, round_keys
 from data.pictures import PictureDocuments, VisionGeometry
 from data.reader import SplitReader
 from launch.bench import Row
-from tests.benchmarks.of_data.corpora import DOCUMENTS, IMAGES, MEDIA_TOKEN, Corpora, make
+from tests.benchmarks.of_data.corpora import (
+    DOCUMENTS,
+    IMAGES,
+    MEDIA_TOKEN,
+    PHOTOGRAPH_PIXELS,
+    PHOTOGRAPHS,
+    PIXELS,
+    Corpora,
+    make,
+)
 
 ROUNDS = 5
 SEQUENCE_LENGTH, BATCH, BATCHES = 4096, 8, 60
@@ -107,15 +116,25 @@ def text(corpora: Corpora) -> list[Row]:
 
 
 def tokens(corpora: Corpora) -> list[Row]:
-    """Token ids of single documents."""
+    """Token ids of single documents, each copied to where a batch would have it."""
     from megatron.core.datasets.indexed_dataset import IndexedDataset  # noqa: PLC0415 - talks
 
     reader, documents = SplitReader(corpora.text, source="text", split="train"), order(DOCUMENTS)
     indexed = IndexedDataset(str(corpora.indexed))
+    batch = np.empty(SEQUENCE_LENGTH, np.int64)
+
+    def copied(read: Callable[[int], np.ndarray]) -> Reader:
+        def read_all() -> None:
+            for document in documents:
+                found = read(document)
+                batch[: len(found)] = found
+
+        return read_all
+
     found = rates(
         {
-            "Mneme": (lambda: consume(map(reader.stored_tokens, documents)), DOCUMENTS),
-            "IndexedDataset": (lambda: consume(map(indexed.get, documents)), DOCUMENTS),
+            "Mneme": (copied(reader.stored_tokens), DOCUMENTS),
+            "IndexedDataset": (copied(indexed.get), DOCUMENTS),
         }
     )
     return [row("token ids of a document", "documents/s", found, "IndexedDataset", target=1 / 1.5)]
@@ -136,10 +155,19 @@ def batches(corpora: Corpora) -> list[Row]:
 
 
 def images(corpora: Corpora) -> list[Row]:
-    """JPEG to patches, beside nothing but Pillow with the bytes at hand."""
-    reader = SplitReader(corpora.images, source="images", split="train")
+    """JPEG to patches, beside nothing but Pillow's decoder with the bytes at hand."""
+    small, large = f"{PIXELS} x {PIXELS}", f"{PHOTOGRAPH_PIXELS} x {PHOTOGRAPH_PIXELS}"
+    return [
+        decoding(small, corpora.images, IMAGES),
+        decoding(f"{large}, made smaller", corpora.photographs, PHOTOGRAPHS),
+    ]
+
+
+def decoding(case: str, path: Path, number: int) -> Row:
+    """One source of images."""
+    reader = SplitReader(path, source="images", split="train")
     documents = PictureDocuments(reader, GEOMETRY, ImageConfig(max_rows=64))
-    payloads = [reader.payload(d, reader.media(d)[0].member) for d in order(IMAGES)]
+    payloads = [reader.payload(d, reader.media(d)[0].member) for d in order(number)]
 
     def decode() -> None:
         for payload in payloads:
@@ -147,11 +175,11 @@ def images(corpora: Corpora) -> list[Row]:
 
     found = rates(
         {
-            "Mneme": (lambda: consume(map(documents.read, order(IMAGES))), IMAGES),
-            "bare decoding": (decode, IMAGES),
+            "Mneme": (lambda: consume(map(documents.read, order(number))), number),
+            "bare decoding": (decode, number),
         }
     )
-    return [row("JPEG to patches", "images/s", found, "bare decoding", target=0.95)]
+    return row(f"JPEG to patches, {case}", "images/s", found, "bare decoding", target=0.95)
 
 
 def resume(corpora: Corpora) -> list[Row]:

@@ -19,6 +19,7 @@ from data.tokenizer import encode_texts
 
 DOCUMENTS, CHARACTERS = 8000, 4000
 IMAGES, PIXELS, QUALITY = 1500, 256, 85
+PHOTOGRAPHS, PHOTOGRAPH_PIXELS = 200, 1200
 MEDIA_TOKEN, VOCABULARY = 2, 4096
 
 
@@ -31,6 +32,8 @@ class Corpora:
     """Source of DOCUMENTS texts of CHARACTERS characters each."""
     images: Path
     """Source of IMAGES pictures of PIXELS x PIXELS, JPEG, with a caption."""
+    photographs: Path
+    """The same of PHOTOGRAPHS of PHOTOGRAPH_PIXELS x PHOTOGRAPH_PIXELS."""
     indexed: Path
     """Prefix of the token ids of `text` as an IndexedDataset."""
 
@@ -40,7 +43,10 @@ def make(folder: Path) -> Corpora:
     build_quickstart_corpus(folder / "quickstart", progress=False)
     tokenizer = folder / "quickstart" / "tokenizer.json"
     text = list(_texts(tokenizer))
-    for name, samples in (("text", text), ("images", list(_images(tokenizer)))):
+    crops = list(_images(tokenizer, ("astronaut.png", "chelsea.png", "coffee.png"), IMAGES, PIXELS))
+    photographs = list(_images(tokenizer, ("retina.jpg",), PHOTOGRAPHS, PHOTOGRAPH_PIXELS))
+    sources = {"text": text, "images": crops, "photographs": photographs}
+    for name, samples in sources.items():
         write_split(
             folder / name / "train",
             samples,
@@ -48,10 +54,10 @@ def make(folder: Path) -> Corpora:
             split="train",
             tokenizer_sha256=sha256(tokenizer.read_bytes()).hexdigest(),
             vocab_size=VOCABULARY,
-            media_token_id=MEDIA_TOKEN if name == "images" else None,
+            media_token_id=None if name == "text" else MEDIA_TOKEN,
         )
     _write_indexed(folder / "indexed", text)
-    return Corpora(tokenizer, folder / "text", folder / "images", folder / "indexed")
+    return Corpora(tokenizer, *(folder / name for name in (*sources, "indexed")))
 
 
 def _texts(tokenizer: Path) -> Iterator[Sample]:
@@ -70,28 +76,27 @@ def _texts(tokenizer: Path) -> Iterator[Sample]:
         )
 
 
-def _images(tokenizer: Path) -> Iterator[Sample]:
-    """Crops of the photographs that scikit-image ships."""
+def _images(tokenizer: Path, names: Sequence[str], number: int, pixels: int) -> Iterator[Sample]:
+    """Crops of photographs that scikit-image ships."""
     folder = files("skimage") / "data"
     photographs = [
-        Image.open(BytesIO((folder / f"{name}.png").read_bytes())).convert("RGB")
-        for name in ("astronaut", "chelsea", "coffee")
+        Image.open(BytesIO((folder / name).read_bytes())).convert("RGB") for name in names
     ]
     chance = np.random.default_rng(0)
-    for number in range(IMAGES):
-        photograph = photographs[number % len(photographs)]
-        left = int(chance.integers(photograph.width - PIXELS + 1))
-        top = int(chance.integers(photograph.height - PIXELS + 1))
+    for index in range(number):
+        photograph = photographs[index % len(photographs)]
+        left = int(chance.integers(photograph.width - pixels + 1))
+        top = int(chance.integers(photograph.height - pixels + 1))
         encoded = BytesIO()
-        crop = photograph.crop((left, top, left + PIXELS, top + PIXELS))
+        crop = photograph.crop((left, top, left + pixels, top + pixels))
         crop.save(encoded, "JPEG", quality=QUALITY)
         medium = SampleMedium(
-            extension="jpg", payload=encoded.getvalue(), kind="image", width=PIXELS, height=PIXELS
+            extension="jpg", payload=encoded.getvalue(), kind="image", width=pixels, height=pixels
         )
-        caption = f"crop {number}"
+        caption = f"crop {index}"
         (ids,) = encode_texts({"text": [caption]}, str(tokenizer))["tokens"]
         yield Sample(
-            key=f"image-{number:06d}",
+            key=f"image-{index:06d}",
             metadata={"seq": [medium.part(0), {"t": caption}]},
             text=caption,
             tokens=np.array([MEDIA_TOKEN, *ids], np.uint32),
