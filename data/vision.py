@@ -107,8 +107,8 @@ def patchify(
     cut = rows.reshape(t, frames_per_patch, channels, *blocks)
     # (t, frame, channel, block row, row in block, y, block column, column in block) to
     # (t, block row, block column, row in block, column in block, channel, frame, y).
-    patches = cut.transpose(0, 3, 6, 4, 7, 2, 1, 5).reshape(t * h * w, -1).view(np.uint8)
-    return patches, (t, h, w)
+    values = cut.transpose(0, 3, 6, 4, 7, 2, 1, 5).flatten().view(np.uint8)
+    return values.reshape(t * h * w, -1), (t, h, w)
 
 
 def patch_coordinates(grids: NDArray[np.int64], spatial_merge: int) -> NDArray[np.int64]:
