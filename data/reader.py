@@ -148,7 +148,7 @@ class SplitReader:
         """
         shard, number = self._locate(document)
         index = self._indexes[shard]
-        first, stop = index.first_member[number : number + 2].tolist()
+        first, stop = index.first_member.item(number), index.first_member.item(number + 1)
         names = index.member_names(first, stop)
         after_key = len(split_name(names[0])[0]) + 1
         offsets, sizes = index.offset[first:stop].tolist(), index.size[first:stop].tolist()
