@@ -120,6 +120,7 @@ def test_long_texts_become_several_documents(
     assert json.loads((tmp_path / "corpus/new/import.json").read_text())["cut"] == 1
 
 
+@pytest.mark.slow
 def test_tables_give_the_same_documents(tmp_path: Path) -> None:
     """JSON Lines, packed ones, Parquet, a saved dataset and a folder that `load_dataset` reads."""
     rows: list[dict[str, Any]] = [{"text": text(i), "id": f"d/{i}", "n": i} for i in range(40)]

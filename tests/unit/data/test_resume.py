@@ -98,6 +98,7 @@ def test_changes_in_the_past_must_stay(schedule: tuple[tuple[int, dict[str, int]
         open_lanes(stream(schedule=schedule), [3], state)
 
 
+@pytest.mark.slow
 def test_state_is_small_late_in_a_large_run() -> None:
     """1,024 lanes x 4 sources of a billion documents each, at 15 trillion tokens."""
 

@@ -58,6 +58,7 @@ def test_held_out_documents_are_those_that_are_not_trained_on(whole: DataConfig)
     assert held[:4] == ["code/0022", "code/0025", "code/0049", "code/0051"]
 
 
+@pytest.mark.slow
 def test_held_out_documents_depend_on_no_seed(whole: DataConfig) -> None:
     def tokens(split: str, seed: int) -> set[int]:
         loader = build_loader(
