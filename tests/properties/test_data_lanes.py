@@ -145,8 +145,7 @@ def finish(lane: Lane) -> list[list[Piece]]:
             return sequences
 
 
-# Fixed examples: a lane may hold one document for two epochs, which this cannot tell apart yet.
-@settings(deadline=None, max_examples=30, derandomize=True)
+@settings(deadline=None, max_examples=30)
 @given(options=streams(epochs=True))
 def test_each_epoch_has_every_document_once_and_only_damage_is_missing(
     options: dict[str, Any],
@@ -157,22 +156,23 @@ def test_each_epoch_has_every_document_once_and_only_damage_is_missing(
     missing: dict[str, Counter[int]] = defaultdict(Counter)
     for index in range(_LANES):
         lane = Lane(stream, index)
-        following: dict[tuple[int, int], int] = {}
+        # Where cut documents go on; a lane may hold one document for two epochs at once.
+        following: Counter[tuple[int, int, int]] = Counter()
         full = stream.config.sequence_length
         for sequence in finish(lane):
             assert sum(piece.stop - piece.start for piece in sequence) <= full
             for piece in sequence:
-                key = (piece.source, piece.document)
                 documents = stream.documents[stream.names[piece.source]]
-                assert piece.start == following.pop(key, 0)
+                following[piece.source, piece.document, piece.start] -= piece.start > 0
+                assert min(following.values(), default=0) >= 0
                 assert piece.start < piece.stop
                 for span in documents.spans(piece.document):
                     assert not span_is_cut(span, piece)
                 if piece.stop < documents.num_tokens(piece.document):
-                    following[key] = piece.stop
+                    following[piece.source, piece.document, piece.stop] += 1
                 else:
                     counts[stream.names[piece.source]][piece.document] += 1
-        assert not following
+        assert not +following
         for fault in lane.take_faults():
             missing[fault.source][int(fault.key)] += 1
     total_missing = sum((Counter(found) for found in missing.values()), Counter[int]()).total()
