@@ -16,7 +16,8 @@ import numpy as np
 from tqdm import tqdm
 
 from data.corpus import Document, package_docstrings, standard_library
-from data.shards import Manifest, Sample, corpus_fingerprint, file_sha256, write_split
+from data.manifest import Manifest, corpus_fingerprint, file_sha256
+from data.shards import Sample, write_split
 from data.tokenizer import encode, train_tokenizer
 
 SUMMARY_NAME = "corpus.json"

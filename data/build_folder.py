@@ -13,7 +13,7 @@ from typing import Any
 
 from data.build_chunk import REPORT_NAME, ChunkJob
 from data.index import index_path
-from data.shards import WITHOUT_SPLITS, Manifest, ShardEntry
+from data.manifest import WITHOUT_SPLITS, Manifest, ShardEntry
 
 IMPORT_NAME = "import.json"
 """In a source: what it was built from, and what was left out or changed, in numbers."""

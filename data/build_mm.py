@@ -13,8 +13,8 @@ from data.build import (
 )
 from data.build_folder import building
 from data.corpus import package_docstrings
+from data.manifest import SPLITS, Manifest
 from data.pictures_corpus import build_pictures
-from data.shards import SPLITS, Manifest
 
 _SOURCE = "pictures"
 

@@ -22,7 +22,7 @@ from data.build_chunk import ChunkJob
 from data.build_chunks import Plan, plan_chunks, write_chunks
 from data.build_folder import IMPORT_NAME, building, check_request, collect
 from data.importers.drafts import Draft, Importer, is_held_out
-from data.shards import Manifest, file_sha256, split_folders
+from data.manifest import Manifest, file_sha256, split_folders
 from data.tokenizer import hugging_face, read_vocabulary, train_tokenizer
 
 TOKENIZER_SAMPLE_BYTES = 256 * 2**20

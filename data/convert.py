@@ -13,8 +13,9 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from data.indexed import IndexedDocuments
+from data.manifest import WITHOUT_SPLITS, file_sha256, split_folders
 from data.reader import SplitReader
-from data.shards import WITHOUT_SPLITS, Sample, file_sha256, split_folders, write_split
+from data.shards import Sample, write_split
 from data.tokenizer import read_vocabulary
 
 

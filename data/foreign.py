@@ -23,8 +23,7 @@ from numpy.typing import NDArray
 from data.foreign_sample import ForeignDocument, UnusableSampleError, read_document
 from data.index import TOKEN_DTYPES, ShardIndex, index_path, tokens_path
 from data.indexing import IndexBuilder
-from data.processes import work_through
-from data.shards import (
+from data.manifest import (
     MANIFEST_NAME,
     WITHOUT_SPLITS,
     Manifest,
@@ -32,6 +31,7 @@ from data.shards import (
     file_sha256,
     shard_entry,
 )
+from data.processes import work_through
 from data.tars import CorruptShardError, printable, read_samples
 from data.tokenizer import RESERVED, Vocabulary, encode_parts, read_vocabulary
 

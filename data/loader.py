@@ -14,6 +14,7 @@ from typing import TypeAlias
 
 from data.config import DataConfig
 from data.lanes import Stream
+from data.manifest import SPLITS
 from data.packing import Batch, PackingRules, join, pack
 from data.pictures import (
     VisionGeometry,
@@ -25,7 +26,6 @@ from data.pictures import (
 from data.prefetch import prefetch
 from data.resume import ORDER, lane_name, lane_range, open_lanes, save_lanes
 from data.rules import check_lanes, problems
-from data.shards import SPLITS
 from data.sources import fingerprint, open_sources, vocab_size
 from data.tokenizer import padding_id
 from data.workers import in_processes

@@ -21,8 +21,8 @@ from data.content import Content, Picture
 from data.faults import Cause, DamagedSampleError, Fault
 from data.images import UndecodableError, decode_image, fit
 from data.index import Medium
+from data.manifest import Manifest
 from data.reader import SplitReader
-from data.shards import Manifest
 from data.sources import training_manifests
 from data.video import decode_frames, frame_numbers
 from data.vision import patchify

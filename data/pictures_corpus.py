@@ -27,7 +27,8 @@ from tqdm import tqdm
 
 from data.corpus import Document, package_docstrings
 from data.images import decode_image, image_size
-from data.shards import Manifest, Sample, SampleMedium, file_sha256, split_folders, write_split
+from data.manifest import Manifest, file_sha256, split_folders
+from data.shards import Sample, SampleMedium, write_split
 from data.tokenizer import RESERVED, SPECIAL_TOKENS, encode_texts
 
 NUM_CROPS, NUM_CLIPS, NUM_ILLUSTRATED = 600, 60, 200

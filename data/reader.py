@@ -17,7 +17,7 @@ from data.config import FaultConfig
 from data.content import Content
 from data.faults import Cause, DamagedSampleError, Fault
 from data.index import INDEX_SUFFIX, TOKENS_SUFFIX, Medium, ShardIndex
-from data.shards import HOW_TO_BUILD, MANIFEST_NAME, WITHOUT_SPLITS, Manifest, ShardEntry
+from data.manifest import HOW_TO_BUILD, MANIFEST_NAME, WITHOUT_SPLITS, Manifest, ShardEntry
 from data.storage import Folder, inside, open_folder
 from data.tars import CorruptShardError, split_name
 

@@ -14,9 +14,9 @@ from typing import TypeAlias
 from data.config import DataConfig, FaultConfig, SourceConfig
 from data.content import Content, Documents
 from data.indexed import IndexedDocuments, is_indexed
+from data.manifest import MANIFEST_NAME, SPLITS, WITHOUT_SPLITS, Manifest, file_sha256
 from data.order import permute, round_keys, skip_held_out
 from data.reader import SplitReader, read_manifest
-from data.shards import MANIFEST_NAME, SPLITS, WITHOUT_SPLITS, Manifest, file_sha256
 from data.storage import Folder, inside, open_folder
 from data.tokenizer import read_vocabulary
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.index import ShardIndex
-from data.shards import Manifest
+from data.manifest import Manifest
 from data.verify import find_parts
 
 PERCENTILES = (5, 25, 50, 75, 95)

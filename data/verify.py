@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from data.index import INDEX_SUFFIX, TOKENS_SUFFIX
+from data.manifest import MANIFEST_NAME, SPLITS, Manifest, corpus_fingerprint, file_sha256
 from data.processes import work_through
-from data.shards import MANIFEST_NAME, SPLITS, Manifest, corpus_fingerprint, file_sha256
 from data.tars import printable
 from data.verify_shard import RESTORE, Problem, ShardCheck, check_shard
 

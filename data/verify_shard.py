@@ -14,8 +14,8 @@ import numpy as np
 
 from data.images import UndecodableError
 from data.index import ShardIndex, index_path
+from data.manifest import Manifest, ShardEntry, file_sha256, shard_counts
 from data.media_files import check_decodes
-from data.shards import Manifest, ShardEntry, file_sha256, shard_counts
 from data.tars import CorruptShardError, ends_at, padded, read_headers, split_name
 
 _READ_BYTES = 2**20

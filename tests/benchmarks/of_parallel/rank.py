@@ -20,7 +20,7 @@ from torch.distributed.pipelining import schedules
 
 from data.config import DataConfig, SourceConfig
 from data.loader import Batch
-from data.shards import Manifest
+from data.manifest import Manifest
 from parallel.config import ParallelConfig
 from parallel.pipeline import _Stage
 from train.build import build

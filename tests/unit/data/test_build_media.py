@@ -14,7 +14,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from data.index import ShardIndex
-from data.shards import Manifest
+from data.manifest import Manifest
 from tests.unit.data.imports import build, samples
 
 MARKER = 2  # <|reserved|>

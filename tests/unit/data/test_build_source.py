@@ -16,7 +16,7 @@ from data.build import find_corpus
 from data.build_chunks import plan_chunks
 from data.importers import drafts
 from data.importers.drafts import cut_text, document_key, is_held_out
-from data.shards import Manifest
+from data.manifest import Manifest
 from data.tokenizer import Vocabulary, read_vocabulary
 from tests.unit.data.imports import VOCAB_SIZE, WORDS, build, files, samples, tokenizer_file
 

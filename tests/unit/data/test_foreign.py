@@ -19,7 +19,7 @@ import data.foreign
 import data.processes
 from data.foreign import format_report, index_folder, read_report
 from data.index import ShardIndex, index_path, tokens_path
-from data.shards import Manifest
+from data.manifest import Manifest
 from data.tars import CorruptShardError, TarMember, read_samples
 from data.tokenizer import train_tokenizer
 from data.verify import verify

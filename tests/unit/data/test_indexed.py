@@ -17,7 +17,7 @@ from data.convert import to_megatron, to_webdataset
 from data.faults import DamagedSampleError
 from data.indexed import IndexedDocuments, is_indexed
 from data.loader import build_loader
-from data.shards import Manifest
+from data.manifest import Manifest
 from data.sources import open_sources, supply_problem, vocab_size
 from data.tars import CorruptShardError
 from tests.unit.data.imports import VOCAB_SIZE, WORDS, build, samples, tokenizer_file

@@ -12,7 +12,8 @@ import pytest
 import webdataset
 
 from data.index import TOKEN_DTYPES, Medium, ShardIndex
-from data.shards import Manifest, Sample, SampleMedium, corpus_fingerprint, write_split
+from data.manifest import Manifest, corpus_fingerprint
+from data.shards import Sample, SampleMedium, write_split
 
 TEXTS = ["plain", "caf\u00e9 \u6f22\u5b57 \U0001f600", "line\nline\n", "x" * 3000]
 

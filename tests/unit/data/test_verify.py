@@ -15,14 +15,8 @@ import pytest
 import data.processes
 from data.foreign import index_folder
 from data.index import index_path, tokens_path
-from data.shards import (
-    MANIFEST_NAME,
-    Manifest,
-    Sample,
-    SampleMedium,
-    corpus_fingerprint,
-    write_split,
-)
+from data.manifest import MANIFEST_NAME, Manifest, corpus_fingerprint
+from data.shards import Sample, SampleMedium, write_split
 from data.tokenizer import train_tokenizer
 from data.verify import Problem, format_problems, plain_problems, verify
 from tests.unit.data.media_samples import clip, image
