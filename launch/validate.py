@@ -49,6 +49,7 @@ _MAY_BE_ZERO = {
     "train.seed",
     "evaluate.every_steps",
     "monitor.residual_every_steps",
+    "monitor.expert_load_every_steps",
     "model.moe.bias_update_speed",
     "model.moe.balance_loss_weight",
     "model.mla.yarn.mscale",

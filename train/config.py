@@ -184,6 +184,12 @@ class MonitorConfig:
     wandb_project: str = "mneme"
     residual_every_steps: int = 10
     """Steps between two looks at the gains of hyper-connections; 0: never."""
+    expert_load_every_steps: int = 20
+    """Steps between two rows of `expert_load.jsonl`, the load of every expert; 0: never. A row takes
+    about 1.4 bytes an expert and layer: 32 KB for 61 layers of 384."""
+    peak_flops_per_device: float | None = None
+    """Floating-point operations a second that `model_flops_utilization` is a share of; null: the
+    vendor's figure for the device and `train.dtype`, or a measurement where none is known."""
     alarms: dict[str, AlarmConfig] = field(default_factory=dict)
     """Name -> rule."""
 

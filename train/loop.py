@@ -27,6 +27,7 @@ from train.stages import Phase, phases
 from train.step import train_step
 from train.stop import StopRequest
 from train.training import Training
+from train.utilization import find_peak, utilization
 
 Item = tuple[Phase, Batch, dict[str, str]]
 """A batch, its phase, and the positions in the data after it."""
@@ -46,7 +47,10 @@ def train(config: RunConfig, run_dir: Path, stop: StopRequest) -> int:
         if training.tables:
             stack.callback(training.tables.close)
         log = open_log(training, run_dir, progress.step, stack)
-        alarms = Alarms(config.monitor.alarms)
+        alarms, peak = Alarms(config.monitor.alarms), find_peak(training)
+        if log:
+            detail = f"{peak.flops:.4g} operations/s a device ({peak.source})"
+            append_event(run_dir, step=progress.step, rank=0, event="peak_flops", detail=detail)
         batches = open_batches(training, progress)
         exit_code = 0
         while progress.step < config.train.steps and exit_code == 0:
@@ -61,6 +65,7 @@ def train(config: RunConfig, run_dir: Path, stop: StopRequest) -> int:
             progress = Progress(step=step, tokens=tokens, data_state=data_state)
             record |= batch_shape(phase)
             record |= timing(training, phase.tokens_per_step, started, fetched)
+            record["model_flops_utilization"] = utilization(training, phase, record, peak)
             report_faults = partial(log_faults, training, run_dir, step)
             report_faults(batch.faults)
             if due(step, config.evaluate.every_steps, config.train.steps):
@@ -72,6 +77,8 @@ def train(config: RunConfig, run_dir: Path, stop: StopRequest) -> int:
             wishes, totals = end_step(training, stop, actions, sent, batch)
             if log:
                 log.write({"step": step, "tokens": progress.tokens, **record, **totals})
+                if due(step, config.monitor.expert_load_every_steps, config.train.steps):
+                    log.write_expert_load(step, training.expert_load.take())
             exit_code = wishes.exit_code
             if wishes.save or due(step, config.checkpoint.every_steps, config.train.steps):
                 path = save(

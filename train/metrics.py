@@ -12,10 +12,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 from jaxtyping import Float
+from numpy.typing import NDArray
 from torch import Tensor
 
+from data.packing import Batch
 from train.config import MonitorConfig, RunConfig
+from train.expert_load import EXPERT_LOAD_FILE, encode
 
 Record = dict[str, float | int]
 
@@ -24,8 +28,8 @@ Record = dict[str, float | int]
 class Monitor(Protocol):
     """Watches the training of this rank. All ranks have the same monitors, and call them alike."""
 
-    def start(self, step: int) -> None:
-        """Before the passes of optimizer step `step`."""
+    def start(self, step: int, batch: Batch) -> None:
+        """Before the passes of optimizer step `step` on this rank's sequences."""
 
     def sums(self, like: Float[Tensor, "_"]) -> Float[Tensor, "sums"]:
         """What this rank adds to the sums over all ranks, after the passes; empty for nothing.
@@ -105,8 +109,10 @@ class MetricsLog:
 
     def __init__(self, run_dir: Path, sinks: list[Sink], restored_step: int) -> None:
         self._path = run_dir / "metrics.jsonl"
+        self._loads = run_dir / EXPERT_LOAD_FILE
         self._sinks = sinks
-        cut_back(self._path, restored_step)
+        for path in (self._path, self._loads):
+            cut_back(path, restored_step)
         self._file = self._path.open("a", encoding="utf-8")
 
     def write(self, record: Record) -> None:
@@ -115,6 +121,12 @@ class MetricsLog:
         self._file.flush()
         for sink in self._sinks:
             sink.write(record)
+
+    def write_expert_load(self, step: int, counts: NDArray[np.float64] | None) -> None:
+        """Append a row of `train.expert_load`, if there are counts [layers, experts]."""
+        if counts is not None:
+            with self._loads.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(encode(step, counts)) + "\n")
 
     def __enter__(self) -> "MetricsLog":
         return self

@@ -56,7 +56,7 @@ def train_step(
     valid, tokens = count_labels(training, batch)
     set_loss_scales(training, phase.global_batch_size, tokens)
     for monitor in training.monitors:
-        monitor.start(step)
+        monitor.start(step, batch)
     if training.memory is not None:
         training.memory.start(step, batch)
     sums = torch.zeros(3, dtype=training.sum_dtype, device=training.device)
@@ -235,4 +235,5 @@ def update_router_bias(training: Training) -> Record:
         if moe.expert_bias is not None:
             largest = torch.maximum(largest, moe.expert_bias.abs().amax().to(largest))
     largest = largest_over(largest, training.meshes.pp.get_group(), "pp")
+    training.expert_load.keep(counts)
     return routing_metrics(counts, largest.item() if largest >= 0 else None)

@@ -14,6 +14,7 @@ from train.checkpoint.tables import TableCheckpoint
 from train.config import RunConfig
 from train.engine import DataEngine
 from train.memory import HostMemory
+from train.expert_load import ExpertLoad
 from train.metrics import Monitor
 from train.pictures import vision_geometry
 from train.rank_model import RankModel
@@ -46,6 +47,8 @@ class Training:
     """What checkpoints hold of Engram beside parameters; None: the model has none."""
     monitors: list[Monitor] = field(default_factory=list)
     """What is watched beside the loss."""
+    expert_load: ExpertLoad = field(default_factory=ExpertLoad)
+    """Of the latest step."""
 
     def phase(self, step: int) -> Phase:
         """What batches optimizer step `step` trains on."""

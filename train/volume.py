@@ -22,7 +22,7 @@ from train.memory_rules import tables_in_host_memory
 from train.model.streams import empty_handover
 from train.model.traffic import Microbatch, Sent, block_traffic, embedding_traffic, head_traffic
 from train.model.transformer import Transformer
-from train.monitor.engram import NUM_SUMS
+from train.monitor import engram, vision
 from train.optim.traffic import update_traffic
 from train.stages import Phase, phases
 from train.training import DTYPES
@@ -225,7 +225,8 @@ class _Step:
         model, ranks = self.config.model, self.layout.world_size
         stage = self.phase.indexer_stage or model.indexer.stage
         learns = model.num_indexers > 0 and stage != "dense"
-        numbers = 3 + 3 + 2 + 4 * learns + (NUM_SUMS if model.engram is not None else 0)
+        numbers = 3 + 3 + 2 + 4 * learns + (engram.NUM_SUMS if model.engram is not None else 0)
+        numbers += vision.NUM_SUMS if model.vision is not None else 0
         yield "world", sum_bytes(numbers * self.sum_itemsize, ranks)
         counts = self.config.model.num_moe_layers * model.moe.num_experts + (
             model.vision is not None

@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from data.packing import Batch
 from train.metrics import Record
 from train.training import Training
 
@@ -31,7 +32,7 @@ class EngramMonitor:
     def __init__(self, training: Training) -> None:
         self._training = training
 
-    def start(self, step: int) -> None:
+    def start(self, step: int, batch: Batch) -> None:
         """Nothing: the layers count by themselves."""
 
     def sums(self, like: Float[Tensor, "_"]) -> Float[Tensor, "sums"]:

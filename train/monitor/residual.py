@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from data.packing import Batch
 from parallel.collectives import sum_over
 from train.metrics import Record
 from train.model.block import Block
@@ -80,7 +81,7 @@ class ResidualMonitor:
         # The data rank whose last sequence is the last one of the global batch.
         self._samples = training.data_rank == training.data_size - 1
 
-    def start(self, step: int) -> None:
+    def start(self, step: int, batch: Batch) -> None:
         """Let the sites keep their maps in a step that is watched."""
         self._active = step % self._every == 0
         for site in self._sites().values():
