@@ -6,11 +6,13 @@ append-only, except that a restart replaces it by a shorter file (`train.metrics
 
 import json
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any, BinaryIO
+
+from pydantic_core import from_json
 
 Row = dict[str, Any]
 
@@ -42,41 +44,48 @@ class RunSummary:
     """Median over the steps, which leaves out a slow first step and hiccups."""
 
 
-class MetricsFile:
-    """The records of a growing `metrics.jsonl`; every `poll` parses only what is new."""
+class JsonLines:
+    """A growing file of JSON objects, one a line; every `poll` reads only what is new."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._restart()
+        self._start_over()
 
-    def _restart(self) -> None:
-        self.rows: list[Row] = []
+    def _start_over(self) -> None:
         self.generation = uuid.uuid4().hex
-        """Changes when records read earlier are no longer in the file: the run was restarted
-        from a checkpoint, and what a reader has kept is of an abandoned attempt."""
-        self._offset = 0
+        """Changes when lines read earlier are no longer in the file: the run was restarted from a
+        checkpoint, and what a reader has kept is of an abandoned attempt."""
+        self._offset = self._lines = 0
         self._last = b""
 
-    def poll(self) -> list[Row]:
-        """All records, oldest first; none without a file. A half-written last line has to wait.
+    def poll(self, on_restart: Callable[[], None] = lambda: None) -> Iterator[Row]:
+        """New objects, oldest first; none without a file. A half-written last line has to wait.
+
+        Args:
+            on_restart: called first where the file no longer continues what was read.
 
         Raises:
-            ValueError: a finished line is not a record; names file and line.
+            ValueError: a finished line is not an object; names file and line.
         """
         try:
-            with self.path.open("rb") as file:
-                if not self._continues(file):
-                    self._restart()
-                file.seek(self._offset)
-                added = file.read()
+            file = self.path.open("rb")
         except FileNotFoundError:
-            self._restart()
-            return self.rows
-        for line in added.split(b"\n")[:-1]:
-            self.rows.append(_parse(line, f"{self.path}:{len(self.rows) + 1}"))
-            self._last = line + b"\n"
-            self._offset += len(self._last)
-        return self.rows
+            if self._offset:
+                self._start_over()
+                on_restart()
+            return
+        with file:
+            if not self._continues(file):
+                self._start_over()
+                on_restart()
+            file.seek(self._offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                row = _parse(line, f"{self.path}:{self._lines + 1}")
+                self._last, self._lines = line, self._lines + 1
+                self._offset += len(line)
+                yield row
 
     def _continues(self, file: BinaryIO) -> bool:
         """Whether the last line read stands where it stood; it holds timings, so it is unique."""
@@ -86,7 +95,7 @@ class MetricsFile:
 
 def _parse(line: bytes, place: str) -> Row:
     try:
-        row = json.loads(line)
+        row = from_json(line)
     except ValueError:
         row = None
     if not isinstance(row, dict):
@@ -102,12 +111,12 @@ def read_metrics(run_dir: Path) -> list[Row]:
     Raises:
         ValueError: a finished line is not a record; a half-written last one is left out.
     """
-    return MetricsFile(run_dir / "metrics.jsonl").poll()
+    return list(JsonLines(run_dir / "metrics.jsonl").poll())
 
 
 def read_events(run_dir: Path) -> list[Row]:
     """Rows of `events.jsonl`: `{time, step, rank, event, detail}`; as `read_metrics`."""
-    return MetricsFile(run_dir / "events.jsonl").poll()
+    return list(JsonLines(run_dir / "events.jsonl").poll())
 
 
 def read_status(run_dir: Path) -> Row:

@@ -1,4 +1,4 @@
-// Draws curves on a canvas. Knows points, scales and pixels; page.js knows runs and the server.
+// Draws curves on a canvas. Knows buckets, scales and pixels; page.js knows runs and the server.
 
 const SHORT = [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]];
 
@@ -23,15 +23,19 @@ export function timeUnit(seconds) {
   return seconds < 7200 ? [60, "min"] : [3600, "h"];
 }
 
-/** Exponential moving average without the pull to zero at the start; gaps (null) stay gaps. */
-export function smooth(points, weight) {
-  let mean = 0;
+/**
+ * Exponential moving average of a curve's means, without the pull to zero at the start; a bucket of
+ * c records weighs as much as c records would. Gaps (null) stay gaps.
+ */
+export function smooth({ mean, count }, weight) {
+  let total = 0;
   let mass = 0;
-  return points.map(([x, y]) => {
-    if (y === null) return [x, null];
-    mean = weight * mean + (1 - weight) * y;
-    mass = weight * mass + (1 - weight);
-    return [x, mean / mass];
+  return mean.map((value, i) => {
+    if (value === null) return null;
+    const kept = weight ** count[i];
+    total = kept * total + (1 - kept) * value;
+    mass = kept * mass + (1 - kept);
+    return total / mass;
   });
 }
 
@@ -48,7 +52,7 @@ export function linearTicks(low, high, count) {
 function logTicks(low, high) {
   const ticks = [];
   for (let power = Math.floor(Math.log10(low)); power <= Math.log10(high); power += 1) {
-    for (const m of [1, 2, 5]) {
+    for (const m of high / low > 1e4 ? [1] : [1, 2, 5]) {
       const tick = m * 10 ** power;
       if (tick >= low && tick <= high) ticks.push(tick);
     }
@@ -56,16 +60,17 @@ function logTicks(low, high) {
   return ticks.length >= 2 ? ticks : linearTicks(low, high, 5);
 }
 
-/** Range of coordinate `index` (0: x, 1: y) over all curves, or null without a finite point. */
-function extent(curves, index, keep) {
+/** Range of [value, ...] lists, or null without a number; `keep` says which places count. */
+function extent(curves, names, keep) {
   let low = Infinity;
   let high = -Infinity;
-  for (const points of curves) {
-    for (const point of points) {
-      const value = point[index];
-      if (value === null || !keep(point)) continue;
-      if (value < low) low = value;
-      if (value > high) high = value;
+  for (const curve of curves) {
+    for (const name of names) {
+      curve[name].forEach((value, i) => {
+        if (value === null || !keep(curve.x[i], value)) return;
+        if (value < low) low = value;
+        if (value > high) high = value;
+      });
     }
   }
   return low > high ? null : [low, high];
@@ -91,7 +96,7 @@ function scale(domain, range, log) {
 }
 
 /** A canvas context in CSS pixels, cleared and sharp on any screen. */
-function prepare(canvas) {
+export function prepare(canvas) {
   const ratio = window.devicePixelRatio || 1;
   const { clientWidth: width, clientHeight: height } = canvas;
   canvas.width = Math.round(width * ratio);
@@ -103,46 +108,48 @@ function prepare(canvas) {
 
 /**
  * Draw curves and axes; returns the plot's box and scales (for hovering), or null without points.
- * curves: [{points: [[x, y|null]], raw: same or null, color, dashed}], x ascending.
- * options: {log, small, zoom: [x, x]|null, xUnit: [size, name]|null, theme: {text, grid, line}}
+ * curves: [{x, line, low, high, color, dashed, faint}], x ascending, null for gaps; `faint` draws
+ * the range from low to high behind the line.
+ * options: {log, logX, small, zoom: [x, x]|null, xUnit: [size, name]|null, theme: {text, grid, line}}
  */
 export function drawChart(canvas, curves, options) {
   const { context, width, height } = prepare(canvas);
-  const shown = curves.flatMap((curve) => (curve.raw ? [curve.points, curve.raw] : [curve.points]));
-  const xRange = options.zoom ?? extent(shown, 0, () => true);
+  const { log, logX, small } = options;
+  const across = (x) => !logX || x > 0;
+  const xRange = options.zoom ?? extent(curves, ["x"], (x) => across(x));
   if (!xRange) return null;
-  const inside = ([x, y]) => x >= xRange[0] && x <= xRange[1] && (!options.log || y > 0);
-  const yRange = extent(shown, 1, inside);
+  const inside = (x, y) => across(x) && x >= xRange[0] && x <= xRange[1] && (!log || y > 0);
+  const yRange = extent(curves, ["line", "low", "high"], inside);
   if (!yRange) return null;
-  const box = options.small
+  const box = small
     ? { left: 46, right: width - 4, top: 6, bottom: height - 6 }
-    : { left: 58, right: width - 10, top: 8, bottom: height - 26 };
-  const xDomain = xRange[0] < xRange[1] ? xRange : [xRange[0] - 1, xRange[1] + 1];
-  const x = scale(xDomain, [box.left, box.right], false);
-  const yDomain = widen(yRange, options.log);
-  const y = scale(yDomain, [box.bottom, box.top], options.log);
+    : { left: 58, right: width - 10, top: 22, bottom: height - 26 };
+  const xDomain = xRange[0] < xRange[1] ? xRange : [xRange[0] * 0.9, xRange[1] * 1.1 + 1e-9];
+  const x = scale(xDomain, [box.left, box.right], logX);
+  const yDomain = widen(yRange, log);
+  const y = scale(yDomain, [box.bottom, box.top], log);
 
-  context.font = `${options.small ? 10 : 11.5}px ${getComputedStyle(canvas).fontFamily}`;
+  context.font = `${small ? 10 : 11.5}px ${getComputedStyle(canvas).fontFamily}`;
   drawAxes(context, { x, y, xDomain, yDomain, box }, options);
   context.save();
   context.beginPath();
   context.rect(box.left, box.top - 2, box.right - box.left, box.bottom - box.top + 4);
   context.clip();
   context.lineJoin = "round";
-  const drawable = (value) => value !== null && (!options.log || value > 0);
+  const drawable = (px, py) => across(px) && py !== null && (!log || py > 0);
   for (const curve of curves) {
     context.strokeStyle = context.fillStyle = curve.color;
     context.setLineDash(curve.dashed ? [6, 3] : []);
-    if (curve.raw) drawLine(context, curve.raw, x, y, drawable, 1, 0.25);
-    drawLine(context, curve.points, x, y, drawable, options.small ? 1.25 : 1.9, 1);
-    if (curve.points.length <= 40) drawDots(context, curve.points, x, y, drawable, options.small);
+    if (curve.faint) drawRange(context, curve, x, y, drawable);
+    drawLine(context, curve, x, y, drawable, small ? 1.25 : 1.9);
+    if (curve.x.length <= 40) drawDots(context, curve, x, y, drawable, small);
   }
   context.restore();
   return { context, box, x, y };
 }
 
 function drawAxes(context, { x, y, xDomain, yDomain, box }, options) {
-  const { theme, small, log, xUnit } = options;
+  const { theme, small, log, logX, xUnit } = options;
   context.strokeStyle = theme.grid;
   context.fillStyle = theme.text;
   context.lineWidth = 1;
@@ -159,7 +166,8 @@ function drawAxes(context, { x, y, xDomain, yDomain, box }, options) {
   context.textBaseline = "top";
   const [size, unit] = xUnit ?? [1, ""];
   const count = Math.max(3, (box.right - box.left) / 110);
-  for (const tick of linearTicks(xDomain[0] / size, xDomain[1] / size, count)) {
+  const domain = xDomain.map((value) => value / size);
+  for (const tick of logX ? logTicks(...domain) : linearTicks(...domain, count)) {
     const pixel = Math.round(x(tick * size)) + 0.5;
     const label = `${formatNumber(tick)} ${unit}`.trim();
     context.strokeStyle = theme.line;
@@ -177,41 +185,49 @@ export function line(context, x0, y0, x1, y1) {
   context.stroke();
 }
 
-/** A polyline with gaps; of many points in one pixel column only extremes are drawn. */
-function drawLine(context, points, x, y, drawable, width, opacity) {
+function drawLine(context, curve, x, y, drawable, width) {
   context.lineWidth = width;
-  context.globalAlpha = opacity;
   context.beginPath();
   let pen = false;
-  let column = null;
-  let low = 0;
-  let high = 0;
-  for (const [px, py] of points) {
-    if (!drawable(py)) {
+  curve.line.forEach((value, i) => {
+    if (!drawable(curve.x[i], value)) {
       pen = false;
-      column = null;
-      continue;
+      return;
     }
-    const across = x(px);
-    const down = y(py);
-    const sameColumn = column === Math.round(across);
-    if (sameColumn && down >= low && down <= high) continue;
-    low = sameColumn ? Math.min(low, down) : down;
-    high = sameColumn ? Math.max(high, down) : down;
-    column = Math.round(across);
-    if (pen) context.lineTo(across, down);
-    else context.moveTo(across, down);
+    const place = [x(curve.x[i]), y(value)];
+    if (pen) context.lineTo(...place);
+    else context.moveTo(...place);
     pen = true;
-  }
+  });
+  context.stroke();
+}
+
+/** From the smallest to the largest value of each bucket: what smoothing and buckets hide. */
+function drawRange(context, { x: places, low, high }, x, y, drawable) {
+  context.globalAlpha = 0.25;
+  context.lineWidth = 1;
+  context.beginPath();
+  let pen = false;
+  places.forEach((place, i) => {
+    if (!drawable(place, low[i])) {
+      pen = false;
+      return;
+    }
+    const across = x(place);
+    if (pen) context.lineTo(across, y(low[i]));
+    else context.moveTo(across, y(low[i]));
+    if (high[i] !== low[i]) context.lineTo(across, y(high[i]));
+    pen = true;
+  });
   context.stroke();
   context.globalAlpha = 1;
 }
 
-function drawDots(context, points, x, y, drawable, small) {
-  for (const [px, py] of points) {
-    if (!drawable(py)) continue;
+function drawDots(context, curve, x, y, drawable, small) {
+  curve.line.forEach((value, i) => {
+    if (!drawable(curve.x[i], value)) return;
     context.beginPath();
-    context.arc(x(px), y(py), small ? 1.8 : 3, 0, 2 * Math.PI);
+    context.arc(x(curve.x[i]), y(value), small ? 1.8 : 3, 0, 2 * Math.PI);
     context.fill();
-  }
+  });
 }

@@ -1,13 +1,16 @@
 """`mneme dash`: a live page of loss curves and monitors, served from this machine to this machine.
 
-Called by `launch.cli`. The run directories are the only state: the page polls two JSON endpoints,
+Called by `launch.cli`. The run directories are the only state: the page polls three JSON endpoints,
 and a run that is being written, restarted or added shows up by itself. Nothing is ever written.
 
-    /api/runs                                  one line per run, newest first
-    /api/metrics?run=NAME&after=STEP&generation=ID   records after STEP, and the run's events
+    /api/runs                  one line per run, newest first; reads only ends of files
+    /api/curves?run=NAME&axis=step|tokens|time&generation=ID&events=N&ask=[...]
+                               buckets of metrics (see `dash.table.Ask`), and the events after N
+    /api/heat?run=NAME&kind=KIND&layer=N&have=VERSION
+                               a matrix (see `dash.heat`), if there is a newer one
 
-`generation` (from the previous answer) tells whether the client's records still stand: after a
-restart from a checkpoint they do not, and the answer holds all records again.
+`generation` (from the previous answer) tells whether the client's buckets still stand: after a
+restart from a checkpoint they do not, and the answer holds all of them again.
 """
 
 import errno
@@ -15,22 +18,29 @@ import json
 import math
 import sys
 import threading
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from launch.runs import MetricsFile, find_runs, read_events, summarize
+import numpy as np
+
+from launch.dash.heat import LOAD, HeatMap, Loads, kinds, sites
+from launch.dash.table import AXES, Ask, RunTable, plain
+from launch.run_dir import last_record
+from launch.runs import find_runs, next_token_loss, read_status
 
 HOST = "127.0.0.1"
 ASSETS = {
     "/": ("page.html", "text/html"),
     "/page.css": ("page.css", "text/css"),
-    "/page.js": ("page.js", "text/javascript"),
-    "/runs.js": ("runs.js", "text/javascript"),
-    "/chart.js": ("chart.js", "text/javascript"),
+    **{
+        f"/{name}.js": (f"{name}.js", "text/javascript")
+        for name in ("page", "runs", "chart", "cursor", "lists", "heat", "heatmap")
+    },
 }
 """All the files there are: a request cannot name any other."""
 
@@ -56,8 +66,99 @@ def serve(runs_dir: Path, port: int) -> None:
             print()
 
 
+class Run:
+    """What was read of a run so far; one request at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+        self._table = RunTable(path)
+        self._loads = Loads(path)
+
+    def line(self, name: str) -> dict[str, Any]:
+        """The run in a line of the list, from its last record: a long run is not read for that."""
+        try:
+            last = last_record(self.path) or {}
+        except ValueError:
+            detail = f"{self.path / 'metrics.jsonl'}: the last line is no record"
+            return {"name": name, "state": "unreadable", "detail": detail}
+        held_out = self._table.columns.get("validation/loss")
+        return {
+            "name": name,
+            "state": str(read_status(self.path).get("state", "unknown")),
+            "step": int(last.get("step", 0)),
+            "last_loss": next_token_loss(last),
+            "validation_loss": held_out.values[-1] if held_out else None,
+        }
+
+    def curves(self, axis: str, generation: str, seen: int, asks: list[Ask]) -> dict[str, Any]:
+        """Buckets of metrics; all of them if the client's are void.
+
+        Args:
+            axis: horizontal.
+            generation: of what the client has.
+            seen: events that the client has.
+            asks: what it wants.
+
+        Raises:
+            ValueError: the file holds a line that is no record.
+        """
+        with self._lock:
+            whole = self._table.poll()
+            if generation != self._table.generation:
+                asks = [replace(ask, after=0, level=None) for ask in asks]
+                seen = 0
+            return {
+                "generation": self._table.generation,
+                "whole": whole,
+                "metrics": self._table.names(),
+                "heat": [*kinds(list(self._table.sites())), *self._load_kinds()],
+                "curves": {ask.metric: self._table.curve(ask, axis) for ask in asks},
+                "events": [
+                    event | {"at": self._table.place(event["step"])}
+                    for event in self._table.events[seen:]
+                ],
+                "seen": len(self._table.events),
+            }
+
+    def _load_kinds(self) -> list[str]:
+        self._loads.poll()
+        return [LOAD] if self._loads.rows else []
+
+    def heat(self, kind: str, layer: int | None, have: str) -> dict[str, Any] | None:
+        """A heat map; only its version if the client has it; None: there is no such map.
+
+        Args:
+            kind: of `curves`.
+            layer: of a load over the steps; None: all layers at the newest step.
+            have: version that the client has.
+        """
+        with self._lock:
+            self._table.poll()
+            self._loads.poll()
+            newest = self._loads.rows[-1]["step"] if kind == LOAD and self._loads.rows else ""
+            version = f"{self._table.generation}/{newest or self._table.last.get('step')}"
+            if version == have:
+                return {"version": version}
+            found = self._map(kind, layer)
+            layers = self._loads.layers() if kind == LOAD else 0
+            return None if found is None else {"version": version, "layers": layers} | _json(found)
+
+    def _map(self, kind: str, layer: int | None) -> HeatMap | None:
+        if kind != LOAD:
+            return sites(self._table, kind)
+        if not self._loads.rows or (layer is not None and layer >= self._loads.layers()):
+            return None
+        return self._loads.latest() if layer is None else self._loads.of_layer(layer)
+
+
+def _json(found: HeatMap) -> dict[str, Any]:
+    values = [plain(row) for row in found.values.round(4)]
+    return asdict(replace(found, values=np.empty(0))) | {"values": values}
+
+
 class DashServer(ThreadingHTTPServer):
-    """The page and its data; keeps the records read so far, so that a poll reads only new ones."""
+    """The page and its data; keeps what was read so far, so that a poll reads only what is new."""
 
     daemon_threads = True
 
@@ -67,7 +168,7 @@ class DashServer(ThreadingHTTPServer):
                 f"runs_dir={runs_dir}: no such directory; train something first, or name another"
             )
         self.runs_dir = runs_dir
-        self._files: dict[str, MetricsFile] = {}
+        self._runs: dict[str, Run] = {}
         self._lock = threading.Lock()
         try:
             super().__init__((HOST, port), _Handler)
@@ -79,41 +180,22 @@ class DashServer(ThreadingHTTPServer):
 
     def runs(self) -> list[dict[str, Any]]:
         """One line per run, newest first. A run that cannot be read says so in its state."""
+        return [run.line(name) for name, run in self._found().items()]
+
+    def run(self, name: str) -> Run | None:
+        """A run by its name; None if there is none. The name is never joined to a path."""
+        return self._found().get(name)
+
+    def _found(self) -> dict[str, Run]:
         with self._lock:
-            return [self._describe(name, path) for name, path in find_runs(self.runs_dir).items()]
-
-    def _describe(self, name: str, path: Path) -> dict[str, Any]:
-        try:
-            line = asdict(summarize(name, path, self._file(name, path).poll()))
-        except ValueError as error:
-            line = {"name": name, "state": "unreadable", "detail": str(error)}
-        line.pop("path", None)
-        return line
-
-    def metrics(self, name: str, after: int, generation: str) -> dict[str, Any] | None:
-        """Records of one run after step `after`, or all of them if the client's are void.
-
-        Returns:
-            `{generation, rows, events}`, or None if there is no such run.
-        """
-        with self._lock:
-            # The name is looked up among the runs found, never joined to a path.
-            path = find_runs(self.runs_dir).get(name)
-            if path is None:
-                return None
-            file = self._file(name, path)
-            rows = file.poll()
-            if generation == file.generation:
-                rows = [row for row in rows if row["step"] > after]
-            return {"generation": file.generation, "rows": rows, "events": read_events(path)}
+            paths = find_runs(self.runs_dir)
+            self._runs = {name: self._runs.get(name) or Run(path) for name, path in paths.items()}
+            return self._runs
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ANN401 - inherited
         """Report a failed request, but not a browser that went away."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
-
-    def _file(self, name: str, path: Path) -> MetricsFile:
-        return self._files.setdefault(name, MetricsFile(path / "metrics.jsonl"))
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -132,8 +214,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(Path(__file__).with_name(name).read_bytes(), kind, HTTPStatus.OK)
         elif url.path == "/api/runs":
             self._send_json({"runs": self.server.runs()}, HTTPStatus.OK)
-        elif url.path == "/api/metrics":
-            self._send_metrics(query)
+        elif url.path in ("/api/curves", "/api/heat"):
+            self._send_answer(url.path, query)
         else:
             self._send_json({"error": f"no page {url.path}"}, HTTPStatus.NOT_FOUND)
 
@@ -149,18 +231,26 @@ class _Handler(BaseHTTPRequestHandler):
             return False
         return host in (HOST, "localhost")
 
-    def _send_metrics(self, query: dict[str, str]) -> None:
-        name, after = query.get("run", ""), query.get("after", "0")
-        if not after.isascii() or not after.isdigit():
-            self._send_json({"error": f"after={after}: a step >= 0"}, HTTPStatus.BAD_REQUEST)
+    def _send_answer(self, path: str, query: dict[str, str]) -> None:
+        name = query.get("run", "")
+        run = self.server.run(name)
+        if run is None:
+            self._send_json({"error": f"run={name}: no such run"}, HTTPStatus.NOT_FOUND)
             return
         try:
-            answer = self.server.metrics(name, int(after), query.get("generation", ""))
+            ask = _curves if path == "/api/curves" else _heat
+            wanted = ask(query)
+        except (ValueError, TypeError) as error:
+            self._send_json({"error": str(error)}, HTTPStatus.BAD_REQUEST)
+            return
+        try:
+            answer = wanted(run)
         except ValueError as error:
             self._send_json({"error": str(error)}, HTTPStatus.INTERNAL_SERVER_ERROR)
             return
         if answer is None:
-            self._send_json({"error": f"run={name}: no such run"}, HTTPStatus.NOT_FOUND)
+            error_text = f"kind={query.get('kind')}: {name} has no such map"
+            self._send_json({"error": error_text}, HTTPStatus.NOT_FOUND)
         else:
             self._send_json(answer, HTTPStatus.OK)
 
@@ -179,6 +269,26 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:
         """Keep the terminal quiet: the page polls."""
+
+
+Wanted = Callable[[Run], dict[str, Any] | None]
+
+
+def _curves(query: dict[str, str]) -> Wanted:
+    axis, seen = query.get("axis", "step"), int(query.get("events", "0"))
+    if axis not in AXES:
+        raise ValueError(f"axis={axis}: use {', '.join(AXES)}")
+    asks = [Ask(**values) for values in json.loads(query.get("ask", "[]"))]
+    generation = query.get("generation", "")
+    return lambda run: run.curves(axis, generation, seen, asks)
+
+
+def _heat(query: dict[str, str]) -> Wanted:
+    kind, have = query.get("kind", ""), query.get("have", "")
+    layer = int(query["layer"]) if "layer" in query else None
+    if layer is not None and layer < 0:
+        raise ValueError(f"layer={layer}: counts from 0")
+    return lambda run: run.heat(kind, layer, have)
 
 
 def _finite(value: object) -> object:
