@@ -311,7 +311,7 @@ def _ablate(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from launch.compare import write_report  # noqa: PLC0415
+    from launch.report import write_report  # noqa: PLC0415
 
     print(f"report: {write_report(options.runs, options.output)}")
     return 0

@@ -1,20 +1,20 @@
-"""`mneme report`: a comparison of finished or running runs as Markdown, PNG and one HTML file.
+"""How a report looks, as Markdown, PNG and one HTML file, and how recipes and losses are compared.
 
-Called by `launch.cli`; `launch.study_report` builds the report of a study from the same pieces.
-Everything is read from the run directories, so a report can be made again at any time.
+`launch.report` (of runs) and `launch.study_report` (of a study) are made of these pieces.
 """
 
 import base64
 import html
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from launch.runs import FINAL_STEPS, Row, RunSummary, next_token_loss, read_metrics, summarize
+from launch.runs import FINAL_STEPS, Row, next_token_loss, read_metrics
 from launch.schema import show
 
 COLORS = ("#2a78d6", "#eb6834", "#1b9e77", "#d6457f", "#5b4bc4", "#b98500", "#0f8ea3", "#8a5a3c")
@@ -41,6 +41,28 @@ class Curve:
     """Held-out losses as (tokens, loss), drawn as dots."""
 
 
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A PNG of a report."""
+
+    name: str
+    """Of the file."""
+    alt: str
+    """What it shows."""
+    draw: Callable[[Path], None]
+    """Writes the file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A part of a report below its main table: a picture, a table, or both."""
+
+    title: str
+    picture: Picture | None = None
+    header: list[str] = field(default_factory=list)
+    rows: list[list[str]] = field(default_factory=list)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
     """What a report says; `write` lays it out."""
@@ -52,49 +74,74 @@ class Report:
     curves: list[Curve]
     notes: list[str]
     """How to read the table and the picture."""
+    blocks: Sequence[Block] = ()
+    """Further parts."""
 
     def write(self, output: Path) -> Path:
-        """Write report.md, loss.png and report.html, which needs no other file; returns the last."""
+        """Write report.md, its PNGs and report.html, which needs no other file; returns the last."""
         output.mkdir(parents=True, exist_ok=True)
-        picture = output / "loss.png"
-        draw_curves(self.curves, picture)
-        (output / "report.md").write_text(self._markdown(picture.name), encoding="utf-8")
+        pictures = [block.picture for block in self.blocks if block.picture]
+        main = Picture("loss.png", "Loss over training tokens", partial(draw_curves, self.curves))
+        for picture in (main, *pictures):
+            picture.draw(output / picture.name)
+        (output / "report.md").write_text(self._markdown(main), encoding="utf-8")
         page = output / "report.html"
-        page.write_text(self._html(picture.read_bytes()), encoding="utf-8")
+        page.write_text(self._html(main, output), encoding="utf-8")
         return page
 
-    def _markdown(self, picture: str) -> str:
-        table = [self.header, ["---"] * len(self.header), *self.rows]
-        lines = [
-            "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table
-        ]
-        blocks = [f"# {self.title}", *self.paragraphs, f"![Loss over tokens]({picture})"]
-        blocks += ["\n".join(lines), *self.notes]
-        return "\n\n".join(blocks) + "\n"
+    def _markdown(self, main: Picture) -> str:
+        parts = [f"# {self.title}", *self.paragraphs, _markdown_picture(main)]
+        parts += [_markdown_table(self.header, self.rows), *self.notes]
+        for block in self.blocks:
+            parts.append(f"## {block.title}")
+            parts += [_markdown_picture(block.picture)] if block.picture else []
+            parts += [_markdown_table(block.header, block.rows)] if block.rows else []
+        return "\n\n".join(parts) + "\n"
 
-    def _html(self, picture: bytes) -> str:
-        def row(cells: list[str], tag: str) -> str:
-            return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
+    def _html(self, main: Picture, output: Path) -> str:
+        parts = [f"<p>{html.escape(text)}</p>" for text in self.paragraphs]
+        parts += [_html_picture(main, output), _html_table(self.header, self.rows)]
+        parts += [f"<p class=note>{html.escape(text)}</p>" for text in self.notes]
+        for block in self.blocks:
+            parts.append(f"<h2>{html.escape(block.title)}</h2>")
+            parts += [_html_picture(block.picture, output)] if block.picture else []
+            parts += [_html_table(block.header, block.rows)] if block.rows else []
+        return _PAGE.format(title=html.escape(self.title), parts="\n".join(parts))
 
-        title = html.escape(self.title)
-        data = base64.b64encode(picture).decode()
-        return _PAGE.format(
-            title=title,
-            paragraphs="".join(f"<p>{html.escape(text)}</p>" for text in self.paragraphs),
-            picture=f'<img src="data:image/png;base64,{data}" alt="Loss over training tokens">',
-            header=row(self.header, "th"),
-            rows="\n".join(row(cells, "td") for cells in self.rows),
-            notes="".join(f"<p class=note>{html.escape(text)}</p>" for text in self.notes),
-        )
+
+def _markdown_picture(picture: Picture) -> str:
+    return f"![{picture.alt}]({picture.name})"
+
+
+def _markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    table = [header, ["---"] * len(header), *rows]
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table
+    )
+
+
+def _html_picture(picture: Picture, output: Path) -> str:
+    data = base64.b64encode((output / picture.name).read_bytes()).decode()
+    return f'<img src="data:image/png;base64,{data}" alt="{html.escape(picture.alt)}">'
+
+
+def _html_table(header: list[str], rows: list[list[str]]) -> str:
+    def row(cells: list[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
+
+    body = "\n".join(row(cells, "td") for cells in rows)
+    head = row(header, "th")
+    return f'<div class="scroll"><table><thead>{head}</thead><tbody>\n{body}\n</tbody></table></div>'
 
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title><link rel="icon" href="data:,">
 <style>
 body {{ max-width: 1020px; margin: 32px auto; padding: 0 20px; color: #1b1f27; background: #fff;
   font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }}
 h1 {{ font-size: 24px; letter-spacing: -0.01em; }}
+h2 {{ margin: 34px 0 8px; font-size: 17px; }}
 img {{ display: block; width: 100%; margin: 18px 0; }}
 .scroll {{ overflow-x: auto; }}
 table {{ width: 100%; border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }}
@@ -103,71 +150,16 @@ th {{ color: #626b7a; font-weight: 600; }}
 .note {{ margin: 10px 0; color: #626b7a; font-size: 13px; }}
 </style></head><body>
 <h1>{title}</h1>
-{paragraphs}
-{picture}
-<div class="scroll"><table><thead>{header}</thead><tbody>
-{rows}
-</tbody></table></div>
-{notes}
+{parts}
 </body></html>
 """
 
-
-def write_report(runs: Sequence[Path], output: Path) -> Path:
-    """Compare runs; the first one is what the others are compared with.
-
-    Args:
-        runs: run directories.
-        output: directory of report.md, loss.png and report.html; made if missing.
-
-    Returns:
-        The HTML file.
-
-    Raises:
-        ValueError: no run, or a directory that is none or holds no records yet.
-    """
-    if not runs:
-        raise ValueError("runs: none given; name at least one run directory")
-    names = run_labels(runs)
-    records = [read_records(path) for path in runs]
-    recipes = [read_recipe(path) for path in runs]
-    described = [
-        "" if i == 0 else ", ".join(differences(recipes[0], recipe)) or "nothing"
-        for i, recipe in enumerate(recipes)
-    ]
-    rows = []
-    for name, path, run_rows, changed in zip(names, runs, records, described, strict=True):
-        summary = summarize(name, path, run_rows)
-        rows.append([name, changed, summary.state, *numbers(summary)])
-    return Report(
-        title=f"Report on {len(runs)} runs" if len(runs) > 1 else f"Report on {names[0]}",
-        paragraphs=[],
-        header=["run", f"differs from {names[0]} in", "state", *NUMBER_HEADERS],
-        rows=rows,
-        curves=[run_curve(name, rows) for name, rows in zip(names, records, strict=True)],
-        notes=[LOSS_NOTE, "Dots are held-out losses. Speed is the median over the steps."],
-    ).write(output)
-
-
-NUMBER_HEADERS = ("steps", "tokens", "training loss", "held-out loss", "tokens/s")
 
 LOSS_NOTE = (
     "Losses are next-token cross-entropy in nats per token, without multi-token-prediction and "
     f"balance terms. The training loss is the mean over the last {FINAL_STEPS} steps. In the "
     "picture, lines are smoothed by an exponential moving average over about 1/50 of the run."
 )
-
-
-def numbers(summary: RunSummary) -> list[str]:
-    """The cells under NUMBER_HEADERS."""
-    speed = summary.tokens_per_second
-    return [
-        f"{summary.step:,}",
-        f"{summary.tokens:,}",
-        format_loss(summary.final_loss),
-        format_loss(summary.validation_loss),
-        "-" if speed is None else f"{speed:,.0f}",
-    ]
 
 
 def format_loss(loss: float | None) -> str:
@@ -223,13 +215,6 @@ def run_labels(runs: Sequence[Path]) -> list[str]:
     return ["/".join(path.resolve().parts[-2:]) for path in runs]
 
 
-def run_curve(label: str, rows: list[Row]) -> Curve:
-    """The loss curve of one run: smoothed, with the raw values behind it."""
-    tokens, losses = losses_over_tokens(rows)
-    held_out = [(row["tokens"], row["validation/loss"]) for row in rows if "validation/loss" in row]
-    return Curve(label=label, tokens=tokens, loss=smooth(losses), raw=losses, validation=held_out)
-
-
 def losses_over_tokens(rows: list[Row]) -> tuple[list[int], list[float]]:
     """Next-token training losses and the tokens trained on by then."""
     pairs = [
@@ -274,7 +259,7 @@ def draw_curves(curves: Sequence[Curve], path: Path) -> None:
             axes.plot(*zip(*curve.validation, strict=True), "o", color=color, markersize=4.5)
     axes.set_xlabel("training tokens")
     axes.set_ylabel("next-token loss (nats per token)")
-    axes.xaxis.set_major_formatter(_format_tokens)
+    axes.xaxis.set_major_formatter(format_tokens)
     axes.grid(color="#eceef2")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -283,7 +268,8 @@ def draw_curves(curves: Sequence[Curve], path: Path) -> None:
     figure.savefig(path)
 
 
-def _format_tokens(tokens: float, position: float) -> str:
+def format_tokens(tokens: float, position: float) -> str:
+    """A number of tokens for an axis of matplotlib."""
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(tokens) >= size:
             return f"{tokens / size:g}{unit}"

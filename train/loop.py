@@ -27,7 +27,7 @@ from train.stages import Phase, phases
 from train.step import train_step
 from train.stop import StopRequest
 from train.training import Training
-from train.utilization import find_peak, utilization
+from train.utilization import Peak, find_peak, utilization
 
 Item = tuple[Phase, Batch, dict[str, str]]
 """A batch, its phase, and the positions in the data after it."""
@@ -46,11 +46,9 @@ def train(config: RunConfig, run_dir: Path, stop: StopRequest) -> int:
     with ExitStack() as stack:
         if training.tables:
             stack.callback(training.tables.close)
-        log = open_log(training, run_dir, progress.step, stack)
-        alarms, peak = Alarms(config.monitor.alarms), find_peak(training)
-        if log:
-            detail = f"{peak.flops:.4g} operations/s a device ({peak.source})"
-            append_event(run_dir, step=progress.step, rank=0, event="peak_flops", detail=detail)
+        peak = find_peak(training)
+        log = open_log(training, run_dir, progress.step, peak, stack)
+        alarms = Alarms(config.monitor.alarms)
         batches = open_batches(training, progress)
         exit_code = 0
         while progress.step < config.train.steps and exit_code == 0:
@@ -120,7 +118,7 @@ def resume(training: Training, run_dir: Path, corpus: str) -> Progress:
 
 
 def open_log(
-    training: Training, run_dir: Path, restored_step: int, stack: ExitStack
+    training: Training, run_dir: Path, restored_step: int, peak: Peak, stack: ExitStack
 ) -> MetricsLog | None:
     """The metrics log on rank 0, None elsewhere."""
     if dist.get_rank() != 0:
@@ -130,7 +128,7 @@ def open_log(
         step=restored_step,
         rank=0,
         event="resume" if restored_step else "start",
-        detail=f"{dist.get_world_size()} ranks on {training.backend.name}",
+        detail=f"{dist.get_world_size()} ranks on {training.backend.name}, {peak}",
     )
     if training.tables and training.tables.fresh_because:
         detail = "; ".join(training.tables.fresh_because)

@@ -26,6 +26,9 @@ class Peak:
     source: str
     """Where the figure comes from, for a person."""
 
+    def __str__(self) -> str:
+        return f"each at most {self.flops:.3g} operations/s ({self.source})"
+
 
 def find_peak(training: Training) -> Peak:
     """The recipe's figure, the vendor's, or a measurement on this rank; all ranks alike."""

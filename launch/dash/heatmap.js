@@ -37,7 +37,7 @@ export async function renderHeat() {
 }
 
 function draw() {
-  if (!map) return;
+  if (!map || element("heat").hidden) return;
   const theme = { text: css("--soft"), even: channels(css("--even")), none: channels(css("--page")) };
   at = drawHeat(element("heat-map"), map, theme);
   const title = TITLES[map.kind] ?? "The largest of each column, by site";
@@ -57,10 +57,12 @@ function tell(event) {
   element("heat-value").textContent = (at && at(event.offsetX, event.offsetY)) ?? "";
 }
 
-element("heat-form").addEventListener("input", () => change({
-  heat: element("heat-kind").value, heatRun: element("heat-run").value, layer: element("heat-layer").value,
-}));
-element("heat-form").addEventListener("submit", (event) => event.preventDefault());
-element("heat-map").addEventListener("pointermove", tell);
-element("heat-map").addEventListener("pointerleave", () => { element("heat-value").textContent = ""; });
-window.addEventListener("resize", draw);
+export function listenToHeat() {
+  element("heat-form").addEventListener("input", () => change({
+    heat: element("heat-kind").value, heatRun: element("heat-run").value, layer: element("heat-layer").value,
+  }));
+  element("heat-form").addEventListener("submit", (event) => event.preventDefault());
+  element("heat-map").addEventListener("pointermove", tell);
+  element("heat-map").addEventListener("pointerleave", () => { element("heat-value").textContent = ""; });
+  window.addEventListener("resize", draw);
+}

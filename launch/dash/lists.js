@@ -69,6 +69,9 @@ function eventRow({ run, event }) {
 }
 
 const listedNames = () => [...element("runs").children].map((item) => item.dataset.run);
-element("filter").addEventListener("input", renderRuns);
-element("all").addEventListener("click", () => select(listedNames(), true));
-element("none").addEventListener("click", () => select(listedNames(), false));
+
+export function listenToLists() {
+  element("filter").addEventListener("input", renderRuns);
+  element("all").addEventListener("click", () => select(listedNames(), true));
+  element("none").addEventListener("click", () => select(listedNames(), false));
+}

@@ -2,8 +2,8 @@
 // the user beside the controls here.
 import { drawChart, formatNumber, line, smooth, timeUnit } from "./chart.js";
 import { listenToChart, showCursor } from "./cursor.js";
-import { renderEvents, renderRuns } from "./lists.js";
-import { renderHeat } from "./heatmap.js";
+import { listenToLists, renderEvents, renderRuns } from "./lists.js";
+import { listenToHeat, renderHeat } from "./heatmap.js";
 import { curveOf, fetchRun, fetchRuns, fetchZoomed, runs } from "./runs.js";
 
 const POLL_MILLISECONDS = 1500;
@@ -255,7 +255,7 @@ function renderMetricChoice(names) {
 // ---- interaction
 
 export function change(settings) {
-  if ((settings.x && settings.x !== view.x) || settings.logx !== view.logx) stage.zoom = null;
+  if (["x", "logx"].some((name) => name in settings && settings[name] !== view[name])) stage.zoom = null;
   Object.assign(view, settings);
   writeAddress();
   render();
@@ -289,6 +289,8 @@ function listen() {
   });
   element("controls").addEventListener("submit", (event) => event.preventDefault());
   listenToChart();
+  listenToLists();
+  listenToHeat();
   window.addEventListener("resize", () => { showCursor(null); render(); });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", render);
 }
