@@ -131,7 +131,9 @@ def _html_table(header: list[str], rows: list[list[str]]) -> str:
 
     body = "\n".join(row(cells, "td") for cells in rows)
     head = row(header, "th")
-    return f'<div class="scroll"><table><thead>{head}</thead><tbody>\n{body}\n</tbody></table></div>'
+    return (
+        f'<div class="scroll"><table><thead>{head}</thead><tbody>\n{body}\n</tbody></table></div>'
+    )
 
 
 _PAGE = """<!doctype html>

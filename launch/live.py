@@ -6,6 +6,7 @@
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,11 @@ class RunView:
         grid.add_column(ratio=1)
         grid.add_column(no_wrap=True)
         bar = ProgressBar(total=self.steps, completed=step)
-        after = f"{step / self.steps:.0%}  {self.left} left" if self.left else f"{step / self.steps:.0%}"
+        after = (
+            f"{step / self.steps:.0%}  {self.left} left"
+            if self.left
+            else f"{step / self.steps:.0%}"
+        )
         grid.add_row(Text.assemble("step ", (f"{step}/{self.steps}", "bold")), bar, after)
         return grid
 
@@ -134,7 +139,9 @@ class RunView:
         rows = [Text(f"checkpoint {saved[-1]['detail']}", "dim")] if saved else []
         for event in [e for e in new if e["event"] not in _QUIET][-_NUM_EVENTS:]:
             text = f"{event['event']} at step {event['step']}: {event['detail']}"
-            rows.append(Text(text, _COLORS.get(event["event"], ""), no_wrap=True, overflow="ellipsis"))
+            rows.append(
+                Text(text, _COLORS.get(event["event"], ""), no_wrap=True, overflow="ellipsis")
+            )
         return rows
 
 
@@ -146,7 +153,7 @@ def sparkline(values: list[float], width: int = _SPARK_WIDTH) -> str:
     count = min(width, len(values))
     edges = [round(i * len(values) / count) for i in range(count + 1)]
     columns = []
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in pairwise(edges):
         known = [value for value in values[start:end] if abs(value) < float("inf")]
         columns.append(sum(known) / len(known) if known else None)
     heights = [value for value in columns if value is not None]

@@ -55,7 +55,6 @@ def draw_heat_maps(maps: Sequence[HeatMap], path: Path) -> None:
     from matplotlib.figure import Figure  # noqa: PLC0415
 
     colors = LinearSegmentedColormap.from_list("even", ["#2a6fd6", "#f4f5f7", "#ce342b"])
-    colors.set_bad("#ffffff")
     figure = Figure(figsize=(9, 2.3 * len(maps)), dpi=150, layout="constrained")
     for axes, heat in zip(figure.subplots(len(maps), 1, squeeze=False).flat, maps, strict=True):
         positive = heat.values[np.isfinite(heat.values) & (heat.values > 0)] / heat.center
@@ -63,9 +62,7 @@ def draw_heat_maps(maps: Sequence[HeatMap], path: Path) -> None:
         norm = LogNorm(heat.center / far, heat.center * far, clip=True)
         # An expert without a token is as far below as can be.
         values = np.where(heat.values <= 0, heat.center / far, heat.values)
-        image = axes.imshow(
-            values, aspect="auto", interpolation="nearest", cmap=colors, norm=norm
-        )
+        image = axes.imshow(values, aspect="auto", interpolation="nearest", cmap=colors, norm=norm)
         _plain(axes, heat.kind)
         ticks = np.unique(np.linspace(0, len(heat.places) - 1, 9).astype(int))
         axes.set_xticks(ticks, [f"{heat.places[tick]:g}" for tick in ticks])

@@ -82,7 +82,7 @@ class JsonLines:
             for line in file:
                 if not line.endswith(b"\n"):
                     return
-                row = _parse(line, f"{self.path}:{self._lines + 1}")
+                row = _parse(line.rstrip(b"\n"), f"{self.path}:{self._lines + 1}")
                 self._last, self._lines = line, self._lines + 1
                 self._offset += len(line)
                 yield row

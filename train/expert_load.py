@@ -12,7 +12,7 @@ the step over the mean of its layer, in hundredths, so that an even load is 100;
 
 import base64
 import zlib
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,7 @@ _HUNDREDTHS = 100
 _LARGEST = 2**16 - 1
 
 
+@runtime_checkable
 class Counts(Protocol):
     """A matrix of counts on a device."""
 

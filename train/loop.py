@@ -75,8 +75,7 @@ def train(config: RunConfig, run_dir: Path, stop: StopRequest) -> int:
             wishes, totals = end_step(training, stop, actions, sent, batch)
             if log:
                 log.write({"step": step, "tokens": progress.tokens, **record, **totals})
-                if due(step, config.monitor.expert_load_every_steps, config.train.steps):
-                    log.write_expert_load(step, training.expert_load.take())
+                log_expert_load(training, log, step)
             exit_code = wishes.exit_code
             if wishes.save or due(step, config.checkpoint.every_steps, config.train.steps):
                 path = save(
@@ -224,6 +223,13 @@ def timing(training: Training, tokens: int, started: float, fetched: float) -> R
         "data_wait_seconds": fetched - started,
         "peak_memory_bytes": training.backend.peak_memory_bytes(),
     }
+
+
+def log_expert_load(training: Training, log: MetricsLog, step: int) -> None:
+    """Write the load of every expert, in the steps in which the recipe wants it."""
+    config = training.config
+    if due(step, config.monitor.expert_load_every_steps, config.train.steps):
+        log.write_expert_load(step, training.expert_load.take())
 
 
 def log_faults(training: Training, run_dir: Path, step: int, faults: Iterable[Fault]) -> None:

@@ -13,8 +13,8 @@ from parallel.pipeline import Pipeline
 from train.checkpoint.tables import TableCheckpoint
 from train.config import RunConfig
 from train.engine import DataEngine
-from train.memory import HostMemory
 from train.expert_load import ExpertLoad
+from train.memory import HostMemory
 from train.metrics import Monitor
 from train.pictures import vision_geometry
 from train.rank_model import RankModel

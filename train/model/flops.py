@@ -76,9 +76,7 @@ def vision_flops(config: VisionConfig, hidden_size: int, grids: Iterable[tuple[i
     if encoder:
         patch += encoder.num_layers * (8 * width**2 + 6 * width * encoder.intermediate_size)
         pair = 4 * width * encoder.num_layers
-    return float(
-        PASSES * sum(t * h * w * patch + t * (h * w) ** 2 * pair for t, h, w in grids)
-    )
+    return float(PASSES * sum(t * h * w * patch + t * (h * w) ** 2 * pair for t, h, w in grids))
 
 
 def mean_seen(length: int, *, stride: int = 1, most: int | None = None) -> float:

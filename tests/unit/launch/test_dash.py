@@ -83,34 +83,47 @@ def test_runs_are_listed(server: DashServer) -> None:
     assert (run["name"], run["state"], run["step"], run["last_loss"]) == (RUN, "running", 5, 2.5)
 
 
-def test_metrics_come_in_parts(server: DashServer) -> None:
-    _, everything = get_json(server, "/api/metrics", run=RUN, after=0)
-    assert [row["step"] for row in everything["rows"]] == [1, 2, 3, 4, 5]
+def curve(answer: Any) -> tuple[list[float], list[float | None]]:
+    found = answer["curves"]["loss"]
+    return found["x"], found["mean"]
+
+
+def ask(**more: int) -> str:
+    return json.dumps([{"metric": "loss"} | more])
+
+
+def test_curves_come_in_parts(server: DashServer) -> None:
+    _, everything = get_json(server, "/api/curves", run=RUN, ask=ask())
+    assert curve(everything) == ([1, 2, 3, 4, 5], [2.5] * 5)
+    assert everything["metrics"] == ["step", "tokens", "loss"]
     assert everything["events"][0]["event"] == "resume"
+    assert everything["events"][0]["at"] == {"step": 3, "tokens": 24, "time": 0.0}
     write_run(server.runs_dir / RUN, range(6, 8))
-    generation = everything["generation"]
-    _, part = get_json(server, "/api/metrics", run=RUN, after=5, generation=generation)
-    assert [row["step"] for row in part["rows"]] == [6, 7]
-    assert part["generation"] == generation
+    query = {"generation": everything["generation"], "events": everything["seen"]}
+    _, part = get_json(server, "/api/curves", run=RUN, ask=ask(level=0, after=4), **query)
+    assert curve(part) == ([5, 6, 7], [2.5] * 3)
+    assert part["events"] == []
+    assert part["generation"] == everything["generation"]
 
 
 def test_after_a_restart_the_client_gets_the_new_attempt_from_the_start(
     server: DashServer,
 ) -> None:
-    _, before = get_json(server, "/api/metrics", run=RUN)
+    _, before = get_json(server, "/api/curves", run=RUN, ask=ask())
     cut_back(server.runs_dir / RUN / "metrics.jsonl", 3)
     write_run(server.runs_dir / RUN, range(4, 8), loss="9.0")
-    query = {"run": RUN, "after": 5, "generation": before["generation"]}
-    _, answer = get_json(server, "/api/metrics", **query)
-    assert [row["loss"] for row in answer["rows"]] == [2.5, 2.5, 2.5, 9.0, 9.0, 9.0, 9.0]
+    query = {"ask": ask(level=0, after=5), "generation": before["generation"], "events": 1}
+    _, answer = get_json(server, "/api/curves", run=RUN, **query)
+    assert curve(answer)[1] == [2.5, 2.5, 2.5, 9.0, 9.0, 9.0, 9.0]
+    assert len(answer["events"]) == 1
     assert answer["generation"] != before["generation"]
 
 
 def test_a_diverged_loss_is_null(server: DashServer) -> None:
     write_run(server.runs_dir / "bad", range(1, 2), loss="NaN")
     write_run(server.runs_dir / "bad", range(2, 3), loss="-Infinity")
-    _, answer = get_json(server, "/api/metrics", run="bad")
-    assert [row["loss"] for row in answer["rows"]] == [None, None]
+    _, answer = get_json(server, "/api/curves", run="bad", ask=ask())
+    assert curve(answer)[1] == [None, None]
     _, listed = get_json(server, "/api/runs")
     assert {run["name"]: run["last_loss"] for run in listed["runs"]} == {"bad": None, RUN: 2.5}
 
@@ -120,14 +133,30 @@ def test_a_broken_run_does_not_hide_the_others(server: DashServer) -> None:
     _, answer = get_json(server, "/api/runs")
     states = {run["name"]: run["state"] for run in answer["runs"]}
     assert states == {"bad": "unreadable", RUN: "running"}
-    status, answer = get_json(server, "/api/metrics", run="bad")
+    status, answer = get_json(server, "/api/curves", run="bad", ask=ask())
     assert status == 500
     assert "metrics.jsonl:1" in answer["error"]
 
 
+def test_a_heat_map_is_sent_when_it_is_new(server: DashServer) -> None:
+    with (server.runs_dir / RUN / "metrics.jsonl").open("a") as file:
+        for step in (6, 7):
+            sites = {f"mhc/site_{site:03d}/gain_forward": step + site for site in range(2)}
+            file.write(json.dumps({"step": step, "tokens": 8 * step, "loss": 1.0} | sites) + "\n")
+    _, curves = get_json(server, "/api/curves", run=RUN)
+    assert curves["heat"] == ["mhc/gain_forward"]
+    query = {"run": RUN, "kind": "mhc/gain_forward"}
+    _, answer = get_json(server, "/api/heat", **query)
+    assert (answer["values"], answer["places"]) == ([[6, 7], [7, 8]], [6, 7])
+    _, again = get_json(server, "/api/heat", have=answer["version"], **query)
+    assert again == {"version": answer["version"]}
+    status, _ = get_json(server, "/api/heat", run=RUN, kind="moe/expert_load", layer=0)
+    assert status == 404
+
+
 @pytest.mark.parametrize("name", ["", ".", "..", "../runs/" + RUN, "study-engram", "nope"])
 def test_only_runs_that_were_found_can_be_read(server: DashServer, name: str) -> None:
-    status, answer = get_json(server, "/api/metrics", run=name)
+    status, answer = get_json(server, "/api/curves", run=name)
     assert (status, list(answer)) == (404, ["error"])
 
 
@@ -140,11 +169,19 @@ def test_no_other_file_is_served(server: DashServer, path: str) -> None:
     assert body != b"secret"
 
 
-@pytest.mark.parametrize("after", ["-1", "x", "1.5"])
-def test_after_has_to_be_a_step(server: DashServer, after: str) -> None:
-    status, answer = get_json(server, "/api/metrics", run=RUN, after=after)
+@pytest.mark.parametrize(
+    ("query", "word"),
+    [
+        ({"axis": "weight"}, "step, tokens, time"),
+        ({"events": "x"}, "x"),
+        ({"ask": "[{"}, "Expecting"),
+        ({"ask": '[{"metrics": "loss"}]'}, "metrics"),
+    ],
+)
+def test_a_wrong_question_is_told_so(server: DashServer, query: dict[str, str], word: str) -> None:
+    status, answer = get_json(server, "/api/curves", run=RUN, **query)
     assert status == 400
-    assert after in answer["error"]
+    assert word in answer["error"]
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,9 @@ def write(run_dir: Path, steps: range, scale: float = 5.0) -> None:
     with (run_dir / "expert_load.jsonl").open("a") as file:
         for step in steps:
             if step % 20 == 0:
-                file.write(json.dumps(encode(step, random.poisson(50, (3, 16)).astype(float))) + "\n")
+                file.write(
+                    json.dumps(encode(step, random.poisson(50, (3, 16)).astype(float))) + "\n"
+                )
 
 
 @contextmanager
@@ -99,7 +101,9 @@ def state(watched: Watched) -> dict[str, Any]:
 
 def wait(watched: Watched, condition: str) -> dict[str, Any]:
     """Wait until a condition on `state` holds; returns the state."""
-    watched.page.wait_for_function(f"async () => {{ const state = await ({STATE})(); return {condition}; }}")
+    watched.page.wait_for_function(
+        f"async () => {{ const state = await ({STATE})(); return {condition}; }}"
+    )
     return state(watched)
 
 
@@ -125,7 +129,9 @@ def test_axes_smoothing_and_metric_change_what_is_drawn(opened: tuple[Watched, P
     watched, _ = opened
     page = watched.page
     linear = state(watched)
-    assert linear["y"][0] - linear["y"][1] != pytest.approx(linear["y"][1] - linear["y"][2], rel=0.1)
+    assert linear["y"][0] - linear["y"][1] != pytest.approx(
+        linear["y"][1] - linear["y"][2], rel=0.1
+    )
     page.check("#log")
     log = wait(watched, "Math.abs(state.y[0] - 2 * state.y[1] + state.y[2]) < 1e-6")
     assert log["y"] != linear["y"]
@@ -186,7 +192,10 @@ def test_heat_maps_of_gains_and_loads(opened: tuple[Watched, Path]) -> None:
     watched, runs = opened
     page = watched.page
     page.wait_for_selector("#heat-map")
-    wait(watched, "document.getElementById('heat-map').getAttribute('aria-label')?.includes('6 rows')")
+    wait(
+        watched,
+        "document.getElementById('heat-map').getAttribute('aria-label')?.includes('6 rows')",
+    )
     colors = page.evaluate(PIXELS, "heat-map")
     assert len([color for color, count in colors if count > 100]) > 15  # sites x steps differ
     page.select_option("#heat-kind", "moe/expert_load")

@@ -30,8 +30,8 @@ def test_a_short_curve_is_sent_as_it_is(tmp_path: Path) -> None:
     table = read(tmp_path)
     curve = table.curve(Ask(metric="loss"), "tokens")
     assert curve == {
-        **{"level": 0, "first": 0, "end": 4},
-        **{"x": [8, 16, 24, 32], "mean": [5, 2.5, 5 / 3, 1.25]},
+        "level": 0, "first": 0, "end": 4,
+        "x": [8, 16, 24, 32], "mean": [5, 2.5, 5 / 3, 1.25],
     }
     assert table.curve(Ask(metric="loss"), "time")["x"] == [0.5, 1.0, 1.5, 2.0]
     assert table.curve(Ask(metric="nope"), "step")["x"] == []
@@ -41,8 +41,8 @@ def test_buckets_keep_mean_and_extremes() -> None:
     values = np.array([1.0, 9.0, 2.0, math.nan, math.inf, math.nan, 4.0])
     found = buckets(np.arange(7.0), values, 2)
     assert found == {
-        **{"x": [1, 3, 5, 6], "mean": [5, 2, None, 4]},
-        **{"low": [1, 2, None, 4], "high": [9, 2, None, 4], "count": [2, 1, 0, 1]},
+        "x": [1, 3, 5, 6], "mean": [5, 2, None, 4],
+        "low": [1, 2, None, 4], "high": [9, 2, None, 4], "count": [2, 1, 0, 1],
     }
 
 
@@ -162,7 +162,9 @@ def test_ten_long_runs_stay_usable(tmp_path: Path) -> None:
     metrics = {f"group/metric_{i}": 0.123456789 * i for i in range(40)}
     with (tmp_path / "metrics.jsonl").open("w") as file:
         for step in range(1, 100_001):
-            file.write(json.dumps({"step": step, "tokens": step, "loss": 1 / step} | metrics) + "\n")
+            file.write(
+                json.dumps({"step": step, "tokens": step, "loss": 1 / step} | metrics) + "\n"
+            )
     table = RunTable(tmp_path)
     while not table.poll():
         pass

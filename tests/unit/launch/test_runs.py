@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.runs import MetricsFile, find_runs, read_events, read_metrics, read_status, summarize
+from launch.runs import JsonLines, find_runs, read_events, read_metrics, read_status, summarize
 from train.metrics import append_event, cut_back
 
 
@@ -23,27 +23,29 @@ def steps(rows: list[dict[str, float]]) -> list[float]:
 
 def test_a_half_written_last_line_waits_until_it_is_whole(tmp_path: Path) -> None:
     append(tmp_path, [1, 2])
-    file = MetricsFile(tmp_path / "metrics.jsonl")
+    file = JsonLines(tmp_path / "metrics.jsonl")
     with (tmp_path / "metrics.jsonl").open("a") as writer:
         writer.write('{"step": 3, "loss"')
         writer.flush()
-        assert steps(file.poll()) == steps(read_metrics(tmp_path)) == [1, 2]
+        assert steps(list(file.poll())) == steps(read_metrics(tmp_path)) == [1, 2]
         writer.write(": 0.25}\n")
         writer.flush()
-        assert file.poll()[2:] == read_metrics(tmp_path)[2:] == [{"step": 3, "loss": 0.25}]
+        assert list(file.poll()) == read_metrics(tmp_path)[2:] == [{"step": 3, "loss": 0.25}]
 
 
 def test_a_restart_is_noticed_even_when_the_new_attempt_is_already_further(tmp_path: Path) -> None:
     append(tmp_path, range(1, 6), attempt=1)
-    file = MetricsFile(tmp_path / "metrics.jsonl")
-    before = (file.poll(), file.generation)[1]
+    file, restarts = JsonLines(tmp_path / "metrics.jsonl"), list[int]()
+    before = (list(file.poll()), file.generation)[1]
     append(tmp_path, [6], attempt=1)
-    assert steps(file.poll()) == [1, 2, 3, 4, 5, 6]
+    assert steps(list(file.poll(lambda: restarts.append(1)))) == [6]
     assert file.generation == before
+    assert restarts == []
 
     cut_back(tmp_path / "metrics.jsonl", 3)
     append(tmp_path, range(4, 9), attempt=2)
-    rows = file.poll()
+    rows = list(file.poll(lambda: restarts.append(2)))
+    assert restarts == [2]
     assert [(row["step"], row["attempt"]) for row in rows] == [
         *((step, 1) for step in range(1, 4)),
         *((step, 2) for step in range(4, 9)),
