@@ -164,7 +164,7 @@ function drawStage() {
   element("title").textContent = view.metric;
   element("unit").textContent = [unit, `over ${AXIS_TITLES[view.x]}`].filter(Boolean).join(", ");
   stage.plot = drawChart(element("chart"), curves, chartOptions({}));
-  element("empty").hidden = stage.plot !== null;
+  element("empty").hidden = stage.plot !== null || shownRuns().some((run) => run.axis !== view.x);
   element("legend").replaceChildren(...curves.map(legendItem));
   if (!stage.plot) return;
   stage.plot.curves = curves;

@@ -111,8 +111,9 @@ export async function fetchZoomed(run, axis, metric, zoom, points) {
   run.zoomed = { key: [axis, metric, ...zoom].join(), curve: curves.get(metric) };
 }
 
-/** What a run has of a metric: the fine piece in a zoom, else all of it. */
+/** What a run has of a metric on an axis: the fine piece in a zoom, else all of it. */
 export function curveOf(run, axis, metric, zoom) {
+  if (run.axis !== axis) return null;
   const { zoomed } = run;
   if (zoom && zoomed?.key === [axis, metric, ...zoom].join()) return zoomed.curve;
   return run.curves.get(metric) ?? null;

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -99,11 +100,13 @@ def state(watched: Watched) -> dict[str, Any]:
     return found
 
 
-def wait(watched: Watched, condition: str) -> dict[str, Any]:
+def wait(watched: Watched, condition: str, seconds: float = 20.0) -> dict[str, Any]:
     """Wait until a condition on `state` holds; returns the state."""
-    watched.page.wait_for_function(
-        f"async () => {{ const state = await ({STATE})(); return {condition}; }}"
-    )
+    ask = f"async () => {{ const state = await ({STATE})(); return Boolean({condition}); }}"
+    end = time.monotonic() + seconds
+    while not watched.page.evaluate(ask):
+        assert time.monotonic() < end, f"{condition}: {state(watched)} {watched.problems}"
+        watched.page.wait_for_timeout(50)
     return state(watched)
 
 
@@ -227,6 +230,7 @@ def test_the_chart_can_be_read_and_zoomed_by_keyboard(opened: tuple[Watched, Pat
     assert page.evaluate("document.activeElement !== document.body")
 
 
+@pytest.mark.timeout(300)
 def test_a_real_run_is_seen_while_it_trains(tiny_corpus: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(
@@ -241,8 +245,9 @@ def test_a_real_run_is_seen_while_it_trains(tiny_corpus: Path, tmp_path: Path) -
     runs.mkdir()
     overrides = [
         *("parallel.data_parallel_size=1", "parallel.expert_parallel_size=1"),
-        *("model.residual=hc", "model.vocab_size=512", "train.steps=40"),
-        *("train.global_batch_size=4", "monitor.expert_load_every_steps=5"),
+        *("model.residual=hc", "model.vocab_size=512", "model.hidden_size=32"),
+        *("model.num_layers=2", "data.sequence_length=64", "train.global_batch_size=4"),
+        *("train.steps=160", "monitor.expert_load_every_steps=40"),
         *("monitor.wandb=false", "monitor.tensorboard=false", "evaluate.every_steps=0"),
     ]
     command = [sys.executable, "-m", "launch.cli", "train", str(recipe), *overrides]
@@ -254,17 +259,14 @@ def test_a_real_run_is_seen_while_it_trains(tiny_corpus: Path, tmp_path: Path) -
         ) as process,
     ):
         watched.page.goto(address)
-        watched.page.set_default_timeout(90_000)
-        early = wait(watched, "state.curves.length === 1 && state.curves[0].records >= 2")
+        early = wait(watched, "state.curves.length === 1 && state.curves[0].records >= 2", 120.0)
         assert process.poll() is None, "it goes on"
         wait(watched, f"state.curves[0].records > {early['curves'][0]['records']}")
-        late = wait(watched, "state.curves[0].records === 40")
+        late = wait(watched, "state.curves[0].records === 160", 120.0)
         assert process.wait(timeout=60) == 0
         rows = (runs / "live" / "metrics.jsonl").read_text().splitlines()
         last = json.loads(rows[-1])
         assert late["curves"][0]["raw"] == last["loss"]
         assert watched.page.locator(".monitor[data-metric=model_flops_utilization]").count() == 1
-        watched.page.wait_for_function(
-            "document.querySelector('#heat-map').getAttribute('aria-label')?.includes('4 columns')"
-        )
+        wait(watched, "document.querySelector('#heat-map').getAttribute('aria-label')?.includes('16 columns')")
         assert watched.problems == []
