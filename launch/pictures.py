@@ -27,11 +27,15 @@ class Line:
     """Its number, which gives the colour."""
     tokens: Numbers
     values: Numbers
+    """The line: smoothed."""
+    raw: Numbers
+    """Drawn faintly behind it."""
 
 
 def draw_panels(metrics: Mapping[str, Sequence[Line]], path: Path) -> None:
     """Draw one small plot a metric, all runs in each, into a PNG 1350 pixels wide."""
     from matplotlib.figure import Figure  # noqa: PLC0415 - `mneme list` must not wait for it
+    from matplotlib.ticker import EngFormatter  # noqa: PLC0415
 
     rows = -(-len(metrics) // _COLUMNS)
     figure = Figure(figsize=(9, 2.1 * rows), dpi=150, layout="constrained")
@@ -40,9 +44,12 @@ def draw_panels(metrics: Mapping[str, Sequence[Line]], path: Path) -> None:
         for line in lines:
             style = "-" if line.run < len(COLORS) else "--"
             color = COLORS[line.run % len(COLORS)]
+            axes.plot(line.tokens, line.raw, color=color, linewidth=0.5, alpha=0.25)
             axes.plot(line.tokens, line.values, style, color=color, linewidth=1.1)
         _plain(axes, metric)
         axes.xaxis.set_major_formatter(format_tokens)
+        if max(float(np.nanmax(line.values)) for line in lines) >= 1e4:
+            axes.yaxis.set_major_formatter(EngFormatter(sep=""))
         axes.grid(color="#eceef2")
     for axes in grid.flat[len(metrics) :]:
         axes.set_visible(False)
@@ -68,7 +75,10 @@ def draw_heat_maps(maps: Sequence[HeatMap], path: Path) -> None:
         axes.set_xticks(ticks, [f"{heat.places[tick]:g}" for tick in ticks])
         axes.set_xlabel(heat.columns, fontsize=8)
         axes.set_ylabel(heat.rows.partition(" (")[0], fontsize=8)
-        figure.colorbar(image, ax=axes, format="%.3g", pad=0.01).ax.tick_params(labelsize=7)
+        bar = figure.colorbar(image, ax=axes, pad=0.01)
+        ends = (heat.center / far, heat.center, heat.center * far)
+        bar.ax.minorticks_off()
+        bar.set_ticks(ends, labels=[f"{end:.4g}" for end in ends], fontsize=7)
     figure.savefig(path)
 
 

@@ -184,7 +184,11 @@ def _lines(runs: Sequence[_Run], metric: str) -> list[Line]:
         tokens, values = run.table.values(metric, "tokens")
         if len(tokens):
             chosen = _spread(len(tokens))
-            lines.append(Line(run=index, tokens=tokens[chosen], values=values[chosen]))
+            smoothed = np.array(smooth(values.tolist()))
+            line = Line(
+                run=index, tokens=tokens[chosen], values=smoothed[chosen], raw=values[chosen]
+            )
+            lines.append(line)
     return lines
 
 

@@ -77,8 +77,10 @@ function extent(curves, names, keep) {
 }
 
 function widen([low, high], log) {
-  if (log) return low === high ? [low / 2, high * 2] : [low / 1.05, high * 1.05];
-  const pad = high > low ? (high - low) * 0.05 : Math.abs(high) * 0.1 || 1;
+  // What differs by rounding only is one value: no ticks would fit between.
+  const same = high - low <= 1e-9 * Math.max(Math.abs(low), Math.abs(high));
+  if (log) return same ? [low / 2, high * 2] : [low / 1.05, high * 1.05];
+  const pad = same ? Math.abs(high) * 0.1 || 1 : (high - low) * 0.05;
   return [low - pad, high + pad];
 }
 

@@ -36,8 +36,12 @@ OVERRIDES = [
     *("monitor.wandb=false", "train.global_batch_size=8"),
 ]
 _ONE_RANK = {
-    "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
-    "MASTER_PORT": "0", "TORCHELASTIC_USE_AGENT_STORE": "False",
+    "RANK": "0",
+    "LOCAL_RANK": "0",
+    "WORLD_SIZE": "1",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "0",
+    "TORCHELASTIC_USE_AGENT_STORE": "False",
 }
 
 

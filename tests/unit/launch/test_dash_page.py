@@ -268,5 +268,8 @@ def test_a_real_run_is_seen_while_it_trains(tiny_corpus: Path, tmp_path: Path) -
         last = json.loads(rows[-1])
         assert late["curves"][0]["raw"] == last["loss"]
         assert watched.page.locator(".monitor[data-metric=model_flops_utilization]").count() == 1
-        wait(watched, "document.querySelector('#heat-map').getAttribute('aria-label')?.includes('16 columns')")
+        wait(
+            watched,
+            "document.querySelector('#heat-map').getAttribute('aria-label')?.includes('16 columns')",
+        )
         assert watched.problems == []

@@ -2,6 +2,7 @@ import json
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,8 +31,11 @@ def test_a_short_curve_is_sent_as_it_is(tmp_path: Path) -> None:
     table = read(tmp_path)
     curve = table.curve(Ask(metric="loss"), "tokens")
     assert curve == {
-        "level": 0, "first": 0, "end": 4,
-        "x": [8, 16, 24, 32], "mean": [5, 2.5, 5 / 3, 1.25],
+        "level": 0,
+        "first": 0,
+        "end": 4,
+        "x": [8, 16, 24, 32],
+        "mean": [5, 2.5, 5 / 3, 1.25],
     }
     assert table.curve(Ask(metric="loss"), "time")["x"] == [0.5, 1.0, 1.5, 2.0]
     assert table.curve(Ask(metric="nope"), "step")["x"] == []
@@ -41,8 +45,11 @@ def test_buckets_keep_mean_and_extremes() -> None:
     values = np.array([1.0, 9.0, 2.0, math.nan, math.inf, math.nan, 4.0])
     found = buckets(np.arange(7.0), values, 2)
     assert found == {
-        "x": [1, 3, 5, 6], "mean": [5, 2, None, 4],
-        "low": [1, 2, None, 4], "high": [9, 2, None, 4], "count": [2, 1, 0, 1],
+        "x": [1, 3, 5, 6],
+        "mean": [5, 2, None, 4],
+        "low": [1, 2, None, 4],
+        "high": [9, 2, None, 4],
+        "count": [2, 1, 0, 1],
     }
 
 
@@ -105,10 +112,13 @@ def test_a_restart_starts_the_table_over(tmp_path: Path) -> None:
 def test_a_poll_reads_only_what_is_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, range(1, 2001))
     table = read(tmp_path)
-    parsed = []
-    monkeypatch.setattr(
-        "launch.runs.from_json", lambda line: parsed.append(line) or json.loads(line)
-    )
+    parsed: list[bytes] = []
+
+    def parse(line: bytes) -> Any:
+        parsed.append(line)
+        return json.loads(line)
+
+    monkeypatch.setattr("launch.runs.from_json", parse)
     table.poll()
     assert parsed == []
     write(tmp_path, range(2001, 2004))

@@ -1,6 +1,5 @@
 """The arithmetic of `train.model.flops` against torch's counter of what really runs."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -43,13 +42,12 @@ HYBRID = replace(
 
 
 @pytest.fixture
-def exact_masks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def exact_masks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compute one query at a time, so that no score is computed only to be hidden."""
     monkeypatch.setattr(core, "CHUNK_BYTES", 4)
     monkeypatch.setattr(indexer, "CHUNK", 1)
     for module in (indexer, windowed):
         monkeypatch.setattr(module, "chunk_size", lambda numbers: 1)
-    return
 
 
 def counted(config: ModelConfig) -> float:
