@@ -46,8 +46,8 @@ CELLS: Mapping[str, tuple[str, Callable[[float], str]]] = {
     "step_seconds": ("step", lambda v: f"{v:.3g} s"),
     "data_wait_seconds": ("data wait", lambda v: f"{v:.2g} s"),
     "peak_memory_bytes": ("memory", lambda v: f"{_compact(v)}B"),
-    "mhc/composite_gain_forward": ("gain forward", lambda v: f"{v:.5g}"),
-    "mhc/composite_gain_backward": ("gain backward", lambda v: f"{v:.5g}"),
+    "mhc/composite_gain_forward": ("gain forward", lambda v: f"{v:,.4f}"),
+    "mhc/composite_gain_backward": ("gain backward", lambda v: f"{v:,.4f}"),
     "moe/load_max_over_mean": ("expert load max/mean", lambda v: f"{v:.2f}"),
 }
 """Metrics of the table, each with its name there and how it is written."""
