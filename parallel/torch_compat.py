@@ -5,6 +5,7 @@ A new torch version is checked by running the tests of this folder and adding it
 
 from collections.abc import Callable
 from copy import copy
+from datetime import timedelta
 from typing import Any, Literal
 
 import torch
@@ -47,6 +48,29 @@ def init_fake_process_group(rank: int, world_size: int) -> None:
     from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: PLC0415 - registers the backend
 
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+
+
+class GlooGroup(dist.ProcessGroup):
+    """Ranks that meet through gloo, for subclasses that look at collectives before they begin.
+
+    torch calls the methods of a subclass, whoever asks: functions of torch.distributed call them by
+    name; FSDP2, DTensor and compiled code in C++ come back to Python for those that are overridden.
+
+    Args:
+        store: by which the ranks meet.
+        rank: of this process in the group.
+        size: number of ranks.
+        timeout: a collective that waits longer fails.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta) -> None:
+        # Not (store, rank, size), which makes an object whose methods cannot be overridden.
+        super().__init__(rank, size)  # type: ignore[call-arg, arg-type]
+        gloo = dist.ProcessGroupGloo(store, rank, size, timeout)  # type: ignore[attr-defined]
+        gloo._set_sequence_number_for_group()
+        kind = dist.ProcessGroup.BackendType.CUSTOM
+        self._register_backend(torch.device("cpu"), kind, gloo)
+        self._set_default_backend(kind)
 
 
 def find_cpp_compiler() -> str | None:
