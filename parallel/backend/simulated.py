@@ -8,6 +8,8 @@ out of sight: torch takes complex numbers apart into real ones before it sums th
 on the device is the host's.
 """
 
+# ruff: noqa: ANN401, D102 - torch's methods, which it documents, and its options, which have no type
+
 from collections.abc import Iterable
 from typing import Any
 

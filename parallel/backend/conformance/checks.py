@@ -34,7 +34,7 @@ class Ranks:
     def ramp(self, dtype: torch.dtype, length: int = 5) -> Tensor:
         """Small numbers that differ between ranks and places; exact in every type."""
         values = [self.value(self.rank, place) for place in range(length)]
-        return torch.tensor(values, dtype=dtype, device=self.device)
+        return torch.tensor(in_type(values, dtype), dtype=dtype, device=self.device)
 
     def value(self, rank: int, place: int) -> int:
         """What another rank has at a place of its ramp."""
@@ -64,6 +64,11 @@ class Check:
     ends_ranks: bool = False
     """Ranks leave, or lose their process group: they run it alone and end. A rank may even be ended
     by the collectives library, which is how some of them notice."""
+
+
+def in_type(values: list[int], dtype: torch.dtype) -> list[int] | list[bool]:
+    """Numbers as a tensor of a type has them: odd ones are true."""
+    return [value % 2 == 1 for value in values] if dtype == torch.bool else values
 
 
 def expect(found: object, expected: object, what: str) -> None:

@@ -9,6 +9,7 @@ from parallel.backend.conformance.checks import (
     Ranks,
     expect,
     expect_bits,
+    in_type,
     refuses,
     world_group,
 )
@@ -86,7 +87,7 @@ def gathers(ranks: Ranks) -> None:
     expected = [[ranks.value(rank, place) for place in range(4)] for rank in range(ranks.size)]
     for dtype in _MOVED:
         part = ranks.ramp(dtype, 4)
-        rows = [[bool(x) for x in row] for row in expected] if dtype == torch.bool else expected
+        rows = [in_type(row, dtype) for row in expected]
         expect(gather_ranks(part, group, "world"), rows, f"all-gather of {dtype}")
         whole = part.new_zeros(4 * ranks.size)
         work = all_gather(whole, part, group, async_op=True)
@@ -116,7 +117,7 @@ def even_exchange(ranks: Ranks) -> None:
         dist.all_to_all_single(received, sent)
         places = (2 * ranks.rank, 2 * ranks.rank + 1)
         expected = [ranks.value(rank, place) for rank in range(ranks.size) for place in places]
-        expect(received, [bool(x) for x in expected] if dtype == torch.bool else expected, f"{dtype}")
+        expect(received, in_type(expected, dtype), f"all-to-all of {dtype}")
 
 
 def uneven_exchange(ranks: Ranks) -> None:
@@ -138,7 +139,9 @@ def uneven_exchange(ranks: Ranks) -> None:
     # Nobody has anything.
     nothing = torch.empty(0, 8, device=ranks.device)
     none = [0] * ranks.size
-    expect(list(all_to_all(nothing, none, none, group, "ep").shape), [0, 8], "all-to-all of nothing")
+    expect(
+        list(all_to_all(nothing, none, none, group, "ep").shape), [0, 8], "all-to-all of nothing"
+    )
 
 
 def transposed(ranks: Ranks) -> None:
@@ -148,7 +151,9 @@ def transposed(ranks: Ranks) -> None:
     rows = torch.ones(size, 4, device=ranks.device, requires_grad=True)
     weight = float(ranks.rank + 1)
     for exchange in (exchange_rows, lambda *args: start_exchange(*args)()):
-        [grad] = torch.autograd.grad((exchange(rows, counts, counts, group, "ep") * weight).sum(), rows)
+        [grad] = torch.autograd.grad(
+            (exchange(rows, counts, counts, group, "ep") * weight).sum(), rows
+        )
         expect(grad[:, 0], [target + 1.0 for target in range(size)], "gradient of an exchange")
     x = torch.ones(2, 3, device=ranks.device, requires_grad=True)
     [grad] = torch.autograd.grad((gather_dim1(x, group, "cp") * weight).sum(), x)
@@ -165,7 +170,7 @@ def broadcasts(ranks: Ranks) -> None:
         x = ranks.ramp(dtype)
         dist.broadcast(x, last)
         expected = [ranks.value(last, place) for place in range(5)]
-        expect(x, [bool(y) for y in expected] if dtype == torch.bool else expected, f"{dtype}")
+        expect(x, in_type(expected, dtype), f"broadcast of {dtype}")
 
 
 def same_bits(ranks: Ranks) -> None:

@@ -132,7 +132,9 @@ def host_memory(ranks: Ranks) -> None:
     mine = torch.full((3,), ranks.rank, dtype=torch.int64)
     received = torch.empty(ranks.size, dtype=torch.int64)
     counts = [1] * ranks.size
-    dist.all_to_all_single(received, mine.new_full((ranks.size,), ranks.rank), counts, counts, group=group)
+    dist.all_to_all_single(
+        received, mine.new_full((ranks.size,), ranks.rank), counts, counts, group=group
+    )
     expect(received, list(range(ranks.size)), "all-to-all in host memory")
     half = torch.arange(3, dtype=torch.float64) / 3
     dist.all_reduce(half, group=group)

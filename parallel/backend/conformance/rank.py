@@ -5,6 +5,7 @@ hears how it went, likewise. A request names a check, the port at which the rank
 another port than before means a new process group. What else is printed goes to stderr.
 """
 
+import faulthandler
 import json
 import os
 import sys
@@ -15,6 +16,7 @@ import torch.distributed as dist
 
 from parallel.backend.base import Backend
 from parallel.backend.conformance.checks import DeviationError, Ranks
+from parallel.backend.conformance.failures import LEAVER_EXIT_CODE
 from parallel.backend.conformance.suite import SUITE
 from parallel.backend.select import select_backend
 
@@ -60,6 +62,7 @@ class Rank:
 
 def main() -> None:
     """Answer until there are no more requests."""
+    faulthandler.enable()  # who ends a rank that hangs wants to know where
     name, rank, size = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -67,10 +70,28 @@ def main() -> None:
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1"
     )
     own = Rank(select_backend(name), rank, size)
-    _say(answers, {"ready": own.backend.name})
+    _say(answers, _introduction(own.backend))
     for line in sys.stdin:
         _say(answers, own.answer(json.loads(line)))
     os._exit(0)  # threads of a library that lost a peer must not keep this process
+
+
+def _introduction(backend: Backend) -> dict[str, Any]:
+    """What the other side, which has no torch, has to know."""
+    return {
+        "device_type": backend.device_type,
+        "debugging": backend.debugging,
+        "leaver_exit_code": LEAVER_EXIT_CODE,
+        "suite": [
+            {
+                "name": check.name,
+                "needed_for": check.needed_for,
+                "fix": check.fix,
+                "ends_ranks": check.ends_ranks,
+            }
+            for check in SUITE.values()
+        ],
+    }
 
 
 def _say(answers: TextIO, message: dict[str, Any]) -> None:
