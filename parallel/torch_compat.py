@@ -51,10 +51,13 @@ def init_fake_process_group(rank: int, world_size: int) -> None:
 
 
 class GlooGroup(dist.ProcessGroup):
-    """Ranks that meet through gloo, for subclasses that look at collectives before they begin.
+    """Ranks that meet through gloo, for a subclass that looks at collectives before they begin.
 
     torch calls the methods of a subclass, whoever asks: functions of torch.distributed call them by
-    name; FSDP2, DTensor and compiled code in C++ come back to Python for those that are overridden.
+    name; FSDP2, DTensor and compiled code in C++ come back to Python for those in `PyProcessGroup`.
+    The subclass overrides all of these and goes on with the same method of `gloo`. Not with that of
+    its base class: it would hold Python's lock while it waits for gloo's threads, and they sometimes
+    wait for that.
 
     Args:
         store: by which the ranks meet.
@@ -66,11 +69,13 @@ class GlooGroup(dist.ProcessGroup):
     def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta) -> None:
         # Not (store, rank, size), which makes an object whose methods cannot be overridden.
         super().__init__(rank, size)  # type: ignore[call-arg, arg-type]
-        gloo = dist.ProcessGroupGloo(store, rank, size, timeout)  # type: ignore[attr-defined]
-        gloo._set_sequence_number_for_group()
+        self.gloo = dist.ProcessGroup(store, rank, size)
+        transport = dist.ProcessGroupGloo(store, rank, size, timeout)  # type: ignore[attr-defined]
+        transport._set_sequence_number_for_group()
         kind = dist.ProcessGroup.BackendType.CUSTOM
-        self._register_backend(torch.device("cpu"), kind, gloo)
-        self._set_default_backend(kind)
+        for group in (self, self.gloo):
+            group._register_backend(torch.device("cpu"), kind, transport)
+            group._set_default_backend(kind)
 
 
 def find_cpp_compiler() -> str | None:

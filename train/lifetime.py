@@ -80,7 +80,7 @@ def leave(code: int) -> NoReturn:
 def import_torch_alone() -> None:
     """Let `import torch`, here and in children, leave packages of vendors to `parallel.backend`.
 
-    By default torch imports all that are installed, and fails if one of them does: torch_npu without
+    By default torch imports all that are installed, and fails if one of them does: Ascend's without
     CANN's libraries would break even runs on the CPU. A value that the user has set stays.
     """
     os.environ.setdefault(_TORCH_AUTOLOAD, "0")

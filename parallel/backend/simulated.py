@@ -4,7 +4,7 @@ A recipe that trains here asks nothing of HCCL's process group that it refuses. 
 passes, that of FSDP2, DTensor and pipelines too, since torch calls the group that is made here. The
 rules are those of torch_npu (ProcessGroupHCCL.cpp, HCCLUtils.cpp) on devices before the 950 series,
 and stricter where it emulates: an average, which it makes of a sum and a division. Two things stay
-out of sight: torch takes complex numbers apart into real ones before it sums them, and arithmetic
+out of sight: torch takes complex numbers apart into real ones before it sends them, and arithmetic
 on the device is the host's.
 """
 
@@ -73,69 +73,70 @@ class HcclLikeGroup(GlooGroup):
         RuntimeError: HCCL has not what is asked for; says what to use instead.
     """
 
-    # pybind11 finds the base class's method by the name of the calling one: no generated methods.
-
     def allreduce(self, tensors: list[Tensor], opts: Any) -> dist.Work:  # type: ignore[override]
         _check_reduction("all_reduce", tensors, opts.reduceOp)
-        return super().allreduce(tensors, opts)
+        return self.gloo.allreduce(tensors, opts)
 
     def allreduce_coalesced(self, tensors: list[Tensor], opts: Any) -> dist.Work:
         _check_reduction("all_reduce", tensors, opts.reduceOp)
-        return super().allreduce_coalesced(tensors, opts)
+        return self.gloo.allreduce_coalesced(tensors, opts)
 
     def reduce(self, tensors: list[Tensor], opts: Any) -> dist.Work:  # type: ignore[override]
         _check_reduction("reduce", tensors, opts.reduceOp)
-        return super().reduce(tensors, opts)
+        return self.gloo.reduce(tensors, opts)
 
     def reduce_scatter(  # type: ignore[override]
         self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any
     ) -> dist.Work:
         _check_reduction("reduce_scatter", outputs, opts.reduceOp)
-        return super().reduce_scatter(outputs, inputs, opts)
+        return self.gloo.reduce_scatter(outputs, inputs, opts)
 
     def reduce_scatter_single(self, output: Tensor, input: Tensor, opts: Any) -> dist.Work:
         _check_reduction("reduce_scatter", [output], opts.reduceOp)
-        return super().reduce_scatter_single(output, input, opts)
+        return self.gloo.reduce_scatter_single(output, input, opts)
 
     def reduce_scatter_single_coalesced(
         self, outputs: list[Tensor], inputs: list[Tensor], opts: Any
     ) -> dist.Work:
         _check_reduction("reduce_scatter", outputs, opts.reduceOp)
-        return super().reduce_scatter_single_coalesced(outputs, inputs, opts)
+        return self.gloo.reduce_scatter_single_coalesced(outputs, inputs, opts)
 
     def broadcast(self, tensors: list[Tensor], opts: Any) -> dist.Work:  # type: ignore[override]
         _check("broadcast", tensors, _MOVED)
-        return super().broadcast(tensors, opts)
+        return self.gloo.broadcast(tensors, opts)
 
     def allgather(  # type: ignore[override]
         self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any
     ) -> dist.Work:
         _check("all_gather", inputs, _MOVED)
-        return super().allgather(outputs, inputs, opts)
+        return self.gloo.allgather(outputs, inputs, opts)
 
     def all_gather_single(self, output: Tensor, input: Tensor, opts: Any) -> dist.Work:
         _check("all_gather", [input], _MOVED)
-        return super().all_gather_single(output, input, opts)
+        return self.gloo.all_gather_single(output, input, opts)
 
     def all_gather_single_coalesced(
         self, outputs: list[Tensor], inputs: list[Tensor], opts: Any
     ) -> dist.Work:
         _check("all_gather", inputs, _MOVED)
-        return super().all_gather_single_coalesced(outputs, inputs, opts)
+        return self.gloo.all_gather_single_coalesced(outputs, inputs, opts)
 
     def all_to_all_single(  # type: ignore[override]
         self, output: Tensor, input: Tensor, receive: list[int], send: list[int], opts: Any
     ) -> dist.Work:
         _check("all_to_all", [input], _MOVED)
-        return super().all_to_all_single(output, input, receive, send, opts)
+        return self.gloo.all_to_all_single(output, input, receive, send, opts)
 
     def send(self, tensors: list[Tensor], dstRank: int, tag: int) -> dist.Work:  # noqa: N803
         _check("send", tensors, _MOVED)
-        return super().send(tensors, dstRank, tag)
+        return self.gloo.send(tensors, dstRank, tag)
 
     def recv(self, tensors: list[Tensor], srcRank: int, tag: int) -> dist.Work:  # noqa: N803
         _check("recv", tensors, _MOVED)
-        return super().recv(tensors, srcRank, tag)
+        return self.gloo.recv(tensors, srcRank, tag)
+
+    def barrier(self, opts: Any) -> dist.Work:  # type: ignore[override]
+        return self.gloo.barrier(opts)
 
 
 def _check_reduction(call: str, tensors: Iterable[Tensor], op: dist.ReduceOp) -> None:

@@ -34,6 +34,10 @@ def sums(ranks: Ranks) -> None:
     for dtype in _REDUCED:
         total = sum_over(ranks.ramp(dtype))
         expect(total, [sum(ranks.values(place)) for place in range(5)], f"sum of {dtype}")
+    tiny = 2.0**-20  # lost where sums are made in fewer digits than fp32 has
+    exact = torch.tensor([1.0 + tiny * ranks.rank], device=ranks.device)
+    expected = sum(1.0 + tiny * rank for rank in range(ranks.size))
+    expect(sum_over(exact), [torch.tensor(expected).item()], "digits of a sum in fp32")
     long = torch.full((3_000_001,), ranks.rank + 1.0, device=ranks.device)
     expected = ranks.size * (ranks.size + 1) / 2
     expect(bool((sum_over(long) == expected).all()), True, "sum of 12 MB")
