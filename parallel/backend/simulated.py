@@ -2,7 +2,7 @@
 
 A recipe that trains here asks nothing of HCCL's process group that it refuses. All ranks' traffic
 passes, that of FSDP2, DTensor and pipelines too, since torch calls the group that is made here. The
-rules are those of torch_npu (ProcessGroupHCCL.cpp, HCCLUtils.cpp) on devices before the 950 series,
+rules are those of Ascend's package (ProcessGroupHCCL.cpp, HCCLUtils.cpp) on devices before the 950 series,
 and stricter where it emulates: an average, which it makes of a sum and a division. Two things stay
 out of sight: torch takes complex numbers apart into real ones before it sends them, and arithmetic
 on the device is the host's.

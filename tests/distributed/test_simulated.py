@@ -113,10 +113,10 @@ def sum_often(rank: int, port: int) -> float:
     """So often that gloo's threads and Python's lock meet in every order."""
     join("simulated", port)
     total = torch.zeros(1)
-    for number in range(3000):
+    for number in range(1000):
         total += sum_over(torch.full((1,), float(number)))
     return total.item()
 
 
 def test_many_collectives_do_not_deadlock() -> None:
-    assert run_on(sum_often, 2) == [2999.0 * 3000.0] * 2
+    assert run_on(sum_often, 2) == [999.0 * 500.0 * 2] * 2

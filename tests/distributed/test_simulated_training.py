@@ -25,6 +25,7 @@ SMALL = (
     *("model.hidden_size=32", "model.num_layers=2", "model.intermediate_size=64"),
     *("model.vocab_size=512", "model.moe.expert_intermediate_size=16", "data.sequence_length=64"),
     *("train.steps=3", "train.global_batch_size=8", "train.micro_batch_size=2"),
+    "optim.warmup_steps=0",
     *("checkpoint.every_steps=3", "evaluate.every_steps=3", "evaluate.num_sequences=8"),
 )
 LAYOUTS: dict[str, tuple[tuple[str, ...], *tuple[str, ...]]] = {
