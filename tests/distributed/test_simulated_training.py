@@ -71,6 +71,7 @@ def rows(
     ]
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     "layout", ["ep2", *(pytest.param(name, marks=pytest.mark.slow) for name in list(LAYOUTS)[1:])]
 )
@@ -89,6 +90,7 @@ def test_v4_nano_trains_as_on_the_host(tiny_corpus: Path, tmp_path: Path, layout
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_what_differs_from_the_host_with_fp64_is_rounding(
     tiny_corpus: Path, tmp_path: Path
 ) -> None:
