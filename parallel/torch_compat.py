@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import ProcessGroupGloo, Store
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -66,11 +67,11 @@ class GlooGroup(dist.ProcessGroup):
         timeout: a collective that waits longer fails.
     """
 
-    def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta) -> None:
+    def __init__(self, store: Store, rank: int, size: int, timeout: timedelta) -> None:
         # Not (store, rank, size), which makes an object whose methods cannot be overridden.
-        super().__init__(rank, size)  # type: ignore[call-arg, arg-type]
+        super().__init__(rank, size)  # type: ignore[call-arg]
         self.gloo = dist.ProcessGroup(store, rank, size)
-        transport = dist.ProcessGroupGloo(store, rank, size, timeout)  # type: ignore[attr-defined]
+        transport = ProcessGroupGloo(store, rank, size, timeout)
         transport._set_sequence_number_for_group()
         kind = dist.ProcessGroup.BackendType.CUSTOM
         for group in (self, self.gloo):

@@ -77,7 +77,9 @@ class HcclLikeGroup(GlooGroup):
         _check_reduction("all_reduce", tensors, opts.reduceOp)
         return self.gloo.allreduce(tensors, opts)
 
-    def allreduce_coalesced(self, tensors: list[Tensor], opts: Any) -> dist.Work:
+    def allreduce_coalesced(  # type: ignore[override]
+        self, tensors: list[Tensor], opts: Any
+    ) -> dist.Work:
         _check_reduction("all_reduce", tensors, opts.reduceOp)
         return self.gloo.allreduce_coalesced(tensors, opts)
 
@@ -95,7 +97,7 @@ class HcclLikeGroup(GlooGroup):
         _check_reduction("reduce_scatter", [output], opts.reduceOp)
         return self.gloo.reduce_scatter_single(output, input, opts)
 
-    def reduce_scatter_single_coalesced(
+    def reduce_scatter_single_coalesced(  # type: ignore[override]
         self, outputs: list[Tensor], inputs: list[Tensor], opts: Any
     ) -> dist.Work:
         _check_reduction("reduce_scatter", outputs, opts.reduceOp)
@@ -111,11 +113,13 @@ class HcclLikeGroup(GlooGroup):
         _check("all_gather", inputs, _MOVED)
         return self.gloo.allgather(outputs, inputs, opts)
 
-    def all_gather_single(self, output: Tensor, input: Tensor, opts: Any) -> dist.Work:
+    def all_gather_single(  # type: ignore[override]
+        self, output: Tensor, input: Tensor, opts: Any
+    ) -> dist.Work:
         _check("all_gather", [input], _MOVED)
         return self.gloo.all_gather_single(output, input, opts)
 
-    def all_gather_single_coalesced(
+    def all_gather_single_coalesced(  # type: ignore[override]
         self, outputs: list[Tensor], inputs: list[Tensor], opts: Any
     ) -> dist.Work:
         _check("all_gather", inputs, _MOVED)
@@ -139,7 +143,7 @@ class HcclLikeGroup(GlooGroup):
         return self.gloo.barrier(opts)
 
 
-def _check_reduction(call: str, tensors: Iterable[Tensor], op: dist.ReduceOp) -> None:
+def _check_reduction(call: str, tensors: Iterable[Tensor], op: Any) -> None:
     name = next((name for known, name in _OPERATIONS.items() if op == known), "PREMUL_SUM")
     if name in _REFUSED_OPERATIONS:
         raise RuntimeError(

@@ -1,5 +1,7 @@
 """The simulated HCCL refuses by name what the real one lacks, whoever asks: us, FSDP2, or DTensor."""
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -75,7 +77,7 @@ def ask_from_inside_torch(rank: int, port: int) -> list[str]:
     pair = init_device_mesh("cpu", (1, 2), mesh_dim_names=("a", "b"))["b"]
     layer = nn.Linear(4, 4, dtype=torch.float64)
     fully_shard(layer, mesh=pair)
-    asked = [
+    asked: list[Callable[[], object]] = [
         lambda: DTensor.from_local(
             torch.ones(2, dtype=torch.float64), mesh, [Partial()]
         ).full_tensor(),
@@ -93,8 +95,8 @@ def ask_from_inside_torch(rank: int, port: int) -> list[str]:
             found.append("not refused")
     half = nn.Linear(4, 4)
     fully_shard(half, mesh=pair)
-    half.set_gradient_divide_factor(1.0)
-    half.set_force_sum_reduction_for_comms(True)
+    half.set_gradient_divide_factor(1.0)  # type: ignore[operator]
+    half.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]
     half(torch.ones(2, 4)).sum().backward()
     fine = DTensor.from_local(torch.ones(2), mesh, [Partial()]).full_tensor()
     assert fine.tolist() == [2.0, 2.0]

@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -47,12 +48,12 @@ def usage(free: int, total: int) -> Callable[[Path], Any]:
             "less than the 4 GiB",
         ),
         (
-            lambda patch: patch.setattr(environment.shutil, "disk_usage", usage(1 << 30, 1 << 40)),
+            lambda patch: patch.setattr(shutil, "disk_usage", usage(1 << 30, 1 << 40)),
             "disk of ",
             "less than the 5 GiB",
         ),
         (
-            lambda patch: patch.setattr(environment.shutil, "disk_usage", usage(1 << 40, 64 << 20)),
+            lambda patch: patch.setattr(shutil, "disk_usage", usage(1 << 40, 64 << 20)),
             "shared memory",
             "too little for NCCL",
         ),
