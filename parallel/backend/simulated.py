@@ -2,10 +2,10 @@
 
 A recipe that trains here asks nothing of HCCL's process group that it refuses. All ranks' traffic
 passes, that of FSDP2, DTensor and pipelines too, since torch calls the group that is made here. The
-rules are those of Ascend's package (ProcessGroupHCCL.cpp, HCCLUtils.cpp) on devices before the 950 series,
-and stricter where it emulates: an average, which it makes of a sum and a division. Two things stay
-out of sight: torch takes complex numbers apart into real ones before it sends them, and arithmetic
-on the device is the host's.
+rules are those of Ascend's package for torch (ProcessGroupHCCL.cpp, HCCLUtils.cpp) on devices before
+the 950 series, and stricter where it emulates: an average, which it makes of a sum and a division.
+Two things stay out of sight: torch takes complex numbers apart into real ones before it sends them,
+and arithmetic on the device is the host's.
 """
 
 # ruff: noqa: ANN401, D102 - torch's methods, which it documents, and its options, which have no type

@@ -34,7 +34,7 @@ LAYOUTS: dict[str, tuple[tuple[str, ...], *tuple[str, ...]]] = {
     "pp2": (("data=1", "pipeline=2", "expert=1"),),
     "cp2": (("data=1", "context=2", "expert=2"),),
     "dpr2": (("data=1", "data_replicate=2", "expert=2"),),
-    "muon": (("data=2", "expert=2"), "optim.optimizer=muon", "optim.table_optimizer=sinkhorn"),
+    "muon": (("data=2", "expert=2"), "optim.optimizer=muon"),
     "dp2,tp2": (("data=2", "tensor=2", "expert=4"),),
 }
 """The sizes of axes, and other overrides."""
