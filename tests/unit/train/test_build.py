@@ -25,13 +25,13 @@ def test_compiled_passes_without_a_compiler_are_refused(monkeypatch: pytest.Monk
 
 
 def test_fp64_is_refused_where_there_is_none() -> None:
-    config = RunConfig(train=TrainConfig(dtype="fp64"))
+    config = RunConfig(name="n", train=TrainConfig(dtype="fp64"))
     with pytest.raises(
         ValueError, match=r"train\.dtype=fp64: backend simulated has none; use fp32"
     ):
         build.check_dtype(config, SimulatedBackend())
     build.check_dtype(config, CpuBackend())
-    build.check_dtype(RunConfig(train=TrainConfig(dtype="bf16")), SimulatedBackend())
+    build.check_dtype(RunConfig(name="n", train=TrainConfig(dtype="bf16")), SimulatedBackend())
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
