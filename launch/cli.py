@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from launch.data_command import add_data_actions
+from launch.doctor.command import add_doctor_options
+from train.lifetime import import_torch_alone
 
 WRONG_INPUT = 2
 
@@ -23,20 +25,20 @@ _Add = Callable[[_Run, str], argparse.ArgumentParser]
 
 _COMMANDS = (
     *("list", "show", "train", "resume", "status", "logs", "data"),
-    *("parity", "bench", "dash", "ablate", "report", "checkpoint"),
+    *("parity", "bench", "dash", "ablate", "report", "checkpoint", "doctor"),
 )
 _NOT_YET = {
     "plan": "check a layout and predict memory, speed and cost",
     "launch": "submit to Slurm, Kubernetes, Kubeflow or Volcano",
     "checkpoint inspect": "list tensors",
     "checkpoint verify": "check hashes",
-    "doctor": "check environment, backends and collectives",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    import_torch_alone()
     try:
         _refuse_unknown(arguments)
         options = _parse(arguments)
@@ -161,6 +163,7 @@ def _add_tools(add: _Add) -> None:
     command = add(_report, "compare runs on one page")
     command.add_argument("runs", metavar="RUN", nargs="+", type=Path)
     command.add_argument("-o", "--output", type=Path, default=Path("report"))
+    add_doctor_options(add(_doctor, "check environment, backends and collectives of this machine"))
 
 
 def _add_checkpoint(add: _Add) -> None:
@@ -315,6 +318,12 @@ def _report(options: argparse.Namespace) -> int:
 
     print(f"report: {write_report(options.runs, options.output)}")
     return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from launch.doctor.command import run_doctor  # noqa: PLC0415
+
+    return run_doctor(options)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Any
 
 from data.rules import problems as data_problems
 from launch.schema import without
+from parallel.config import BACKENDS_WITHOUT_FP64
 from parallel.layout import ParallelLayout
 from parallel.runs import length_problem
 from train.config import RunConfig
@@ -187,6 +188,15 @@ def _sequences(config: RunConfig) -> Problems:
         )
         if problem:
             yield problem
+
+
+def _backend(config: RunConfig) -> Problems:
+    name = config.parallel.backend
+    if config.train.dtype == "fp64" and name in BACKENDS_WITHOUT_FP64:
+        yield (
+            f"train.dtype=fp64: parallel.backend={name} has none; use fp32 or bf16, or "
+            "parallel.backend=cpu"
+        )
 
 
 def _kernels(config: RunConfig) -> Problems:
@@ -392,6 +402,7 @@ _RULES: list[Rule] = [
     _name,
     _layout,
     _sequences,
+    _backend,
     _kernels,
     _data_engine,
     _engram_tables,

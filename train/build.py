@@ -12,6 +12,7 @@ from data.pictures import picture_problems
 from data.sources import supply_problem, vocab_size
 from data.tokenizer import decoded_tokens
 from parallel.apply import apply_parallelism
+from parallel.backend.base import Backend
 from parallel.backend.kernels import choose_kernels
 from parallel.backend.select import select_backend
 from parallel.deepspeed_setup import load_deepspeed
@@ -80,6 +81,7 @@ def build(config: RunConfig) -> Training:
     if found := [*found, *data_engine_problems(config), *memory_problems(config)]:
         raise ValueError("\n".join(found))
     device = backend.device(int(os.environ["LOCAL_RANK"]))
+    check_dtype(config, backend)
     check_compiler(config.model, device)
     kernels = choose_kernels(config.parallel, backend.device_type)  # refuses before the ranks meet
     if config.parallel.data_engine == "deepspeed":
@@ -140,6 +142,19 @@ def build_table_checkpoint(
         rank=meshes.stage.get_local_rank(),
         ranks=meshes.stage.size(),
     )
+
+
+def check_dtype(config: RunConfig, backend: Backend) -> None:
+    """Refuse a type that the device lacks; `launch.validate` cannot know what `auto` finds.
+
+    Raises:
+        ValueError: fp64 where there is none.
+    """
+    if config.train.dtype == "fp64" and not backend.capabilities.fp64:
+        raise ValueError(
+            f"train.dtype=fp64: backend {backend.name} has none; use fp32 or bf16, or "
+            "parallel.backend=cpu"
+        )
 
 
 def check_compiler(model: ModelConfig, device: torch.device) -> None:

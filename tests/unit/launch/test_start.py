@@ -169,3 +169,15 @@ def test_fresh_tables_are_started_once(
     assert start.resume(run_dir, more_rows[:1]) == 0
     assert "  checkpoint.unfit_tables: fresh -> refuse\n" in capsys.readouterr().out
     assert load_resolved(run_dir / "recipe.yaml").checkpoint.unfit_tables == "refuse"
+
+
+def test_backends_that_train_nothing_are_refused_before_anything_starts(
+    toy: Environment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(RecipeError, match=r"parallel\.backend=dry: plans only"):
+        train("parallel.backend=dry")
+    monkeypatch.setenv("MNEME_BACKEND", "abacus")
+    with pytest.raises(RecipeError, match="MNEME_BACKEND=abacus: no such backend; use one of auto"):
+        train()
+    monkeypatch.setenv("MNEME_BACKEND", "simulated")
+    assert train() == 0

@@ -30,12 +30,18 @@ def changed(config: RunConfig, **values: Any) -> RunConfig:
 def test_the_quick_start_is_valid(nano: RunConfig) -> None:
     assert validate(nano) == []
     assert validate(nano, nproc=4) == []
+    assert validate(changed(nano, parallel__backend="simulated")) == []
     assert world_size(nano) == 4
 
 
 @pytest.mark.parametrize(
     ("values", "start", "fix"),
     [
+        (
+            {"train__dtype": "fp64", "parallel__backend": "simulated"},
+            "train.dtype=fp64: parallel.backend=simulated has none",
+            "use fp32 or bf16, or parallel.backend=cpu",
+        ),
         (
             {"train__global_batch_size": 18},
             "train.global_batch_size=18: must be a multiple of parallel.data_parallel_size=4",
