@@ -1,0 +1,136 @@
+"""How large the arms of a study are, and the override that makes a control as large as an arm.
+
+Sizes are read off the model itself, built without memory. Called by `launch.study_plan`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from launch.compose import RecipeError, compose
+from launch.schema import flatten
+from launch.study_config import Control
+from train.config import RunConfig
+from train.model.config import ModelConfig
+from train.model.count import count_parameters
+
+_LARGEST_STEP = 1024
+_MOST_ROUNDS = 10
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Size:
+    """What a model has and does."""
+
+    parameters: int
+    """All that is trained, blocks of multi-token prediction included."""
+    active_parameters: int
+    """What is multiplied with for a token: no tables, and of the routed experts the token's only."""
+    flops_per_token: int
+    """Of forward and backward pass in products with weights: 6 for each active parameter. Products of
+    queries, keys and values depend on the attention, which the arms of a control share."""
+
+
+@cache
+def model_size(config: ModelConfig) -> Size:
+    """Count; a second for the largest models."""
+    count = count_parameters(config)
+    return Size(
+        parameters=count.total + count.mtp,
+        active_parameters=count.active,
+        flops_per_token=6 * count.active,
+    )
+
+
+def control_overrides(
+    recipe: str, typed: Sequence[str], control: Control, target: ModelConfig
+) -> list[str]:
+    """Overrides that give an arm the size of another as nearly as legal values allow.
+
+    Args:
+        recipe: of the study.
+        typed: overrides of the arm that the control is made from.
+        control: says what is varied.
+        target: model of the arm whose size is wanted.
+
+    Raises:
+        RecipeError: the arm is wrong as it is, or a key cannot be varied.
+    """
+    wanted = model_size(target)
+    goals: list[tuple[str, Callable[[Size], int]]] = []
+    if control.flops is not None:
+        goals.append((control.flops, lambda size: size.flops_per_token))
+    if control.parameters is not None:
+        goals.append((control.parameters, lambda size: size.parameters))
+    values: dict[str, int] = {}
+    for _ in range(_MOST_ROUNDS):  # one key may move the other's goal a little
+        before = dict(values)
+        for key, measure in goals:
+            others = [f"{k}={v}" for k, v in values.items() if k != key]
+            search = _Search(recipe, [*typed, *others], key, measure)
+            values[key] = search.nearest(measure(wanted))
+        if values == before:
+            break
+    return [f"{key}={value}" for key, value in values.items()]
+
+
+class _Search:
+    """One integer key of a recipe, on which a size depends (almost) linearly."""
+
+    def __init__(
+        self, recipe: str, typed: Sequence[str], key: str, measure: Callable[[Size], int]
+    ) -> None:
+        self._recipe, self._typed, self._key, self._measure = recipe, list(typed), key, measure
+        start = flatten(compose(recipe, typed).config).get(key)
+        if not isinstance(start, int) or isinstance(start, bool):
+            raise RecipeError([f"{key}={start}: a control varies a whole number; name such a key"])
+        self._start: int = start
+
+    def nearest(self, goal: int) -> int:
+        """The legal value whose size is nearest to the goal.
+
+        Raises:
+            RecipeError: no other value is legal, or the size does not depend on the key.
+        """
+        step = self._legal_step()
+        here, there = self._size(self._start), self._size(self._start + step)
+        if here is None or there is None or here == there:
+            raise RecipeError([f"{self._key}: the size does not depend on it; name another key"])
+        steps = round((goal - here) / (there - here))
+        sizes = {
+            value: size
+            for n in (steps - 1, steps, steps + 1)
+            if (value := self._start + n * step) > 0 and (size := self._size(value)) is not None
+        }
+        if not sizes:
+            raise RecipeError([f"{self._key}: no value gives the size; name another key"])
+        return min(sizes, key=lambda value: abs(sizes[value] - goal))
+
+    def _legal_step(self) -> int:
+        """The smallest power of two by which the key may grow: a layout may want a multiple."""
+        step = 1
+        while self._size(self._start + step) is None:
+            step *= 2
+            if step > _LARGEST_STEP:
+                raise RecipeError(
+                    [f"{self._key}={self._start + 1}: neither this nor a larger value is legal"]
+                )
+        return step
+
+    def _size(self, value: int) -> int | None:
+        """None: the value is not legal."""
+        try:
+            config = compose(self._recipe, [*self._typed, f"{self._key}={value}"]).config
+        except RecipeError:
+            return None
+        return self._measure(model_size(config.model))
+
+
+def deviation(size: int, reference: int) -> str:
+    """Of a size from the reference, in per cent."""
+    return f"{100 * (size / reference - 1):+.2f} %"
+
+
+def tokens_per_step(config: RunConfig) -> int:
+    """Tokens of a global batch, where all steps have the same."""
+    return config.train.global_batch_size * config.data.sequence_length

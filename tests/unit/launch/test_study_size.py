@@ -1,0 +1,78 @@
+"""Controls of the size of another arm, against a search over all values."""
+
+import pytest
+
+from launch.compose import RecipeError, compose
+from launch.study_config import Control
+from launch.study_size import Size, control_overrides, deviation, model_size
+from train.config import RunConfig
+
+NANO = ["parallel.data_parallel_size=1", "parallel.expert_parallel_size=1"]
+OFF = [*NANO, "model.engram=null"]
+
+
+def recipe(*overrides: str) -> RunConfig:
+    return compose("engram_nano", overrides).config
+
+
+def size(*overrides: str) -> Size:
+    return model_size(recipe(*overrides).model)
+
+
+def test_the_control_has_the_nearest_number_of_experts() -> None:
+    wanted = recipe(*NANO)
+    control = Control(base="off", match="on", parameters="model.moe.num_experts")
+    [found] = control_overrides("engram_nano", OFF, control, wanted.model)
+    target = size(*NANO).parameters
+    # Counted by hand from the shapes: gate and up, down, and a row of the router, in each MoE layer.
+    hidden, width, layers = 128, 64, 3
+    expert = layers * (3 * hidden * width + hidden)
+    assert size(*OFF, "model.moe.num_experts=9").parameters - size(*OFF).parameters == expert
+    gaps = {
+        count: abs(size(*OFF).parameters + (count - 8) * expert - target) for count in range(4, 40)
+    }
+    assert found == f"model.moe.num_experts={min(gaps, key=lambda count: gaps[count])}"
+    assert gaps[int(found.partition("=")[2])] <= expert / 2
+
+
+def test_parameters_and_flops_are_matched_together() -> None:
+    wanted = size(*NANO)
+    control = Control(
+        base="off",
+        match="on",
+        parameters="model.moe.num_experts",
+        flops="model.intermediate_size",
+    )
+    found = control_overrides("engram_nano", OFF, control, recipe(*NANO).model)
+    reached = size(*OFF, *found)
+    # One more row of the dense layer changes 3 x 128 products; one more expert 74,112 parameters.
+    assert abs(reached.active_parameters - wanted.active_parameters) <= 3 * 128 / 2 + 3 * 128
+    assert abs(reached.parameters - wanted.parameters) <= 74_112 / 2
+    assert deviation(reached.parameters, wanted.parameters)[1:4] == "0.0"
+
+
+def test_values_that_a_layout_refuses_are_left_out() -> None:
+    typed = ["model.engram=null"]  # on 4 ranks with experts over 2
+    control = Control(base="off", match="on", parameters="model.moe.num_experts")
+    [found] = control_overrides("engram_nano", typed, control, recipe(*NANO).model)
+    assert int(found.partition("=")[2]) % 2 == 0
+
+
+def test_an_arm_may_shrink() -> None:
+    control = Control(base="on", match="off", parameters="model.engram.rows_per_head")
+    [found] = control_overrides("engram_nano", NANO, control, recipe(*OFF).model)
+    assert 0 < int(found.partition("=")[2]) < 2000
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("model.residual", r"model\.residual=mhc: a control varies a whole number"),
+        ("train.micro_batch_size", "the size does not depend on it"),
+        ("model.moe.number", "a control varies a whole number"),
+    ],
+)
+def test_a_key_that_gives_no_size_is_refused(key: str, message: str) -> None:
+    control = Control(base="off", match="on", parameters=key)
+    with pytest.raises(RecipeError, match=message):
+        control_overrides("engram_nano", OFF, control, recipe(*NANO).model)
