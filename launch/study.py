@@ -20,7 +20,7 @@ from launch.study_config import load_study
 from launch.study_cost import measured
 from launch.study_plan import Trial, plan_trials
 from launch.study_report import StudyRuns, write_study_report
-from launch.study_size import deviation, model_size
+from launch.study_size import deviation, size_of
 from train.lifetime import LAUNCHER_PID
 from train.stop import STOPPED_EXIT_CODE
 
@@ -78,7 +78,7 @@ def run_study(
 def _print_plan(trials: Sequence[Trial]) -> None:
     """Sizes of the arms, the first being what the others are compared with."""
     first = [trial for trial in trials if trial.seed == 0]
-    sizes = [model_size(trial.config.model) for trial in first]
+    sizes = [size_of(trial.config) for trial in first]
     for trial, size in zip(first, sizes, strict=True):
         total, flops = size.parameters, size.flops_per_token
         print(

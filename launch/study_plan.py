@@ -119,7 +119,7 @@ def _add_controls(config: StudyConfig, arms: dict[str, _Arm]) -> list[str]:
     for name, control in config.controls.items():
         base, target = arms[control.base], arms[control.match]
         try:
-            changes = control_overrides(config.recipe, base.typed, control, target.config.model)
+            changes = control_overrides(config.recipe, base.typed, control, target.config)
             typed = [*base.typed, *changes]
             arms[name] = _Arm(typed=typed, config=compose(config.recipe, typed).config)
         except RecipeError as error:

@@ -16,7 +16,7 @@ from launch.study_config import HELD_OUT_LOSS, Hypothesis, Reduction, StudyConfi
 from launch.study_cost import cpu_seconds
 from launch.study_page import Block, Bullets, Picture, Section, Table, write_page
 from launch.study_plan import Trial
-from launch.study_size import deviation, model_size
+from launch.study_size import deviation, size_of
 from launch.study_stats import (
     RULES,
     Verdict,
@@ -238,10 +238,10 @@ def band(arm: str, points: Sequence[tuple[list[int], list[float]]], *, smoothed:
 def _arms(runs: StudyRuns) -> list[Block]:
     """What the arms are, how large, and what training them cost."""
     base = runs.trials[runs.reference][0].config
-    reference = model_size(base.model)
+    reference = size_of(base)
     rows = []
     for arm, trials in runs.trials.items():
-        size = model_size(trials[0].config.model)
+        size = size_of(trials[0].config)
         changed = ", ".join(differences(to_plain(base), to_plain(trials[0].config)))
         speeds = [row["tokens_per_second"] for rows in runs.records[arm] for row in rows]
         seconds = [s for trial in trials if (s := cpu_seconds(trial.run_dir)) is not None]
@@ -272,7 +272,7 @@ def _arms(runs: StudyRuns) -> list[Block]:
         Table(header=header, rows=rows),
         f"Every run trains on {tokens:,} tokens. In brackets: deviation from {runs.reference}. Active "
         "are parameters that a token is multiplied with: no rows of tables, and of the routed experts "
-        "its own only; FLOPs are 6 for each of them. Speed is the median over all steps; CPU seconds "
+        "its own only; FLOPs are those of the matrix products of forward and backward pass. Speed is the median over all steps; CPU seconds "
         "include start-up, evaluation and checkpoints, and depend on what else the machine did.",
     ]
 

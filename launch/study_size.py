@@ -13,6 +13,7 @@ from launch.study_config import Control
 from train.config import RunConfig
 from train.model.config import ModelConfig
 from train.model.count import count_parameters
+from train.model.flops import training_flops
 
 _LARGEST_STEP = 1024
 _MOST_ROUNDS = 10
@@ -26,24 +27,28 @@ class Size:
     """All that is trained, blocks of multi-token prediction included."""
     active_parameters: int
     """What is multiplied with for a token: no tables, and of the routed experts the token's only."""
-    flops_per_token: int
-    """Of forward and backward pass in products with weights: 6 for each active parameter. Products of
-    queries, keys and values depend on the attention, which the arms of a control share."""
+    flops_per_token: float
+    """Of forward and backward pass, by `train.model.flops`."""
+
+
+def size_of(config: RunConfig) -> Size:
+    """Size of the model of a recipe, at its sequence length."""
+    return _size(config.model, config.data.sequence_length)
 
 
 @cache
-def model_size(config: ModelConfig) -> Size:
+def _size(config: ModelConfig, length: int) -> Size:
     """Count; a second for the largest models."""
     count = count_parameters(config)
     return Size(
         parameters=count.total + count.mtp,
         active_parameters=count.active,
-        flops_per_token=6 * count.active,
+        flops_per_token=training_flops(config, length),
     )
 
 
 def control_overrides(
-    recipe: str, typed: Sequence[str], control: Control, target: ModelConfig
+    recipe: str, typed: Sequence[str], control: Control, target: RunConfig
 ) -> list[str]:
     """Overrides that give an arm the size of another as nearly as legal values allow.
 
@@ -51,13 +56,13 @@ def control_overrides(
         recipe: of the study.
         typed: overrides of the arm that the control is made from.
         control: says what is varied.
-        target: model of the arm whose size is wanted.
+        target: the arm whose size is wanted.
 
     Raises:
         RecipeError: the arm is wrong as it is, or a key cannot be varied.
     """
-    wanted = model_size(target)
-    goals: list[tuple[str, Callable[[Size], int]]] = []
+    wanted = size_of(target)
+    goals: list[tuple[str, Callable[[Size], float]]] = []
     if control.flops is not None:
         goals.append((control.flops, lambda size: size.flops_per_token))
     if control.parameters is not None:
@@ -78,7 +83,7 @@ class _Search:
     """One integer key of a recipe, on which a size depends (almost) linearly."""
 
     def __init__(
-        self, recipe: str, typed: Sequence[str], key: str, measure: Callable[[Size], int]
+        self, recipe: str, typed: Sequence[str], key: str, measure: Callable[[Size], float]
     ) -> None:
         self._recipe, self._typed, self._key, self._measure = recipe, list(typed), key, measure
         start = flatten(compose(recipe, typed).config).get(key)
@@ -86,7 +91,7 @@ class _Search:
             raise RecipeError([f"{key}={start}: a control varies a whole number; name such a key"])
         self._start: int = start
 
-    def nearest(self, goal: int) -> int:
+    def nearest(self, goal: float) -> int:
         """The legal value whose size is nearest to the goal.
 
         Raises:
@@ -117,16 +122,16 @@ class _Search:
                 )
         return step
 
-    def _size(self, value: int) -> int | None:
+    def _size(self, value: int) -> float | None:
         """None: the value is not legal."""
         try:
             config = compose(self._recipe, [*self._typed, f"{self._key}={value}"]).config
         except RecipeError:
             return None
-        return self._measure(model_size(config.model))
+        return self._measure(size_of(config))
 
 
-def deviation(size: int, reference: int) -> str:
+def deviation(size: float, reference: float) -> str:
     """Of a size from the reference, in per cent."""
     return f"{100 * (size / reference - 1):+.2f} %"
 
