@@ -21,7 +21,6 @@ _SET_BY_THE_STUDY = {
     "train.seed": "a study sets the seeds itself; use --seeds N",
     "train.steps": "a study computes the steps; change budget_tokens in its file",
 }
-_SAME_FOR_ALL = ("data", "evaluate", "train.global_batch_size", "train.steps")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,25 +129,18 @@ def _add_controls(config: StudyConfig, arms: dict[str, _Arm]) -> list[str]:
 def _not_alike(arms: dict[str, _Arm]) -> list[str]:
     """Arms have to see the same data in the same batches, and be evaluated alike."""
     (first, reference), *others = arms.items()
-    wanted = _shared(reference.config)
     return [
-        f"{name}: {key}={value} but {wanted[key]} in {first}: arms differ in the model or how it is "
-        "trained, never in data, tokens or evaluation; move it to the study's overrides"
+        f"{name}: {change}, not as in {first}: arms differ in the model or how it is trained, never in "
+        "data, batches or evaluation; move it to the study's overrides"
         for name, arm in others
-        for key, value in _shared(arm.config).items()
-        if value != wanted[key]
+        for change in differences(_shared(reference.config), _shared(arm.config))
     ]
 
 
 def _shared(config: RunConfig) -> dict[str, Any]:
     plain = to_plain(config)
-    values: dict[str, Any] = {}
-    for path in _SAME_FOR_ALL:
-        node: Any = plain
-        for part in path.split("."):
-            node = node[part]
-        values[path] = node
-    return values
+    train = {key: plain["train"][key] for key in ("global_batch_size", "steps")}
+    return {"data": plain["data"], "evaluate": plain["evaluate"], "train": train}
 
 
 def _the_same(arms: dict[str, _Arm]) -> list[str]:
