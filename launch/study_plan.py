@@ -6,12 +6,12 @@ tokens, seeds and evaluation are checked to be the same here, and in the runs by
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from launch.compare import differences
-from launch.compose import RecipeError, compose
+from launch.compose import RecipeError, change, compose
 from launch.study_config import StudyConfig
 from launch.study_size import control_overrides, tokens_per_step
 from train.config import RunConfig
@@ -78,7 +78,7 @@ def plan_trials(
     if problems:
         raise ValueError(f"study {config.name}:\n" + "\n".join(dict.fromkeys(problems)))
     trials = [
-        _trial(config, name, arm, seed, directory)
+        _trial(name, arm, seed, directory)
         for seed in range(num_seeds)
         for name, arm in arms.items()
     ]
@@ -108,8 +108,8 @@ def _arm(config: StudyConfig, typed: list[str]) -> _Arm:
                 f"{recipe.data.sequence_length}; use {nearest}"
             ]
         )
-    typed = [*typed, f"train.steps={steps}"]
-    return _Arm(typed=typed, config=compose(config.recipe, typed).config)
+    budget = f"train.steps={steps}"
+    return _Arm(typed=[*typed, budget], config=change(recipe, [budget], ["train.steps"]))
 
 
 def _add_controls(config: StudyConfig, arms: dict[str, _Arm]) -> list[str]:
@@ -118,9 +118,11 @@ def _add_controls(config: StudyConfig, arms: dict[str, _Arm]) -> list[str]:
     for name, control in config.controls.items():
         base, target = arms[control.base], arms[control.match]
         try:
-            changes = control_overrides(config.recipe, base.typed, control, target.config)
-            typed = [*base.typed, *changes]
-            arms[name] = _Arm(typed=typed, config=compose(config.recipe, typed).config)
+            changes = control_overrides(base.config, control, target.config)
+            keys = [text.partition("=")[0] for text in changes]
+            arms[name] = _Arm(
+                typed=[*base.typed, *changes], config=change(base.config, changes, keys)
+            )
         except RecipeError as error:
             problems += [f"controls.{name}: {line}" for line in error.problems]
     return problems
@@ -153,14 +155,14 @@ def _the_same(arms: dict[str, _Arm]) -> list[str]:
     ]
 
 
-def _trial(config: StudyConfig, name: str, arm: _Arm, seed: int, directory: Path) -> Trial:
-    typed = [*arm.typed, f"train.seed={seed}"]
+def _trial(name: str, arm: _Arm, seed: int, directory: Path) -> Trial:
+    train = replace(arm.config.train, seed=seed)
     return Trial(
         arm=name,
         seed=seed,
-        overrides=typed,
+        overrides=[*arm.typed, f"train.seed={seed}"],
         run_dir=directory / f"{name}-seed{seed}",
-        config=compose(config.recipe, typed).config,
+        config=replace(arm.config, train=train),
     )
 
 

@@ -125,8 +125,8 @@ def _judge(runs: StudyRuns, claim: Hypothesis) -> Verdict:
 
 
 def _sentence(claim: Hypothesis, verdict: Verdict, fair: bool) -> str:
-    outcome = verdict.outcome if fair else "void, for a check has failed"
-    return f"{claim.name}: {claim.statement}: {outcome} at this budget ({verdict.finding})."
+    outcome = f"{verdict.outcome} at this budget" if fair else "void, for a check has failed"
+    return f"{claim.name}: {claim.statement}: {outcome} ({verdict.finding})."
 
 
 def _results(runs: StudyRuns) -> list[Block]:

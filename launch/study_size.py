@@ -3,11 +3,11 @@
 Sizes are read off the model itself, built without memory. Called by `launch.study_plan`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
-from launch.compose import RecipeError, compose
+from launch.compose import RecipeError, change
 from launch.schema import flatten
 from launch.study_config import Control
 from train.config import RunConfig
@@ -47,19 +47,16 @@ def _size(config: ModelConfig, length: int) -> Size:
     )
 
 
-def control_overrides(
-    recipe: str, typed: Sequence[str], control: Control, target: RunConfig
-) -> list[str]:
+def control_overrides(start: RunConfig, control: Control, target: RunConfig) -> list[str]:
     """Overrides that give an arm the size of another as nearly as legal values allow.
 
     Args:
-        recipe: of the study.
-        typed: overrides of the arm that the control is made from.
+        start: the arm that the control is made from.
         control: says what is varied.
         target: the arm whose size is wanted.
 
     Raises:
-        RecipeError: the arm is wrong as it is, or a key cannot be varied.
+        RecipeError: a key cannot be varied.
     """
     wanted = size_of(target)
     goals: list[tuple[str, Callable[[Size], float]]] = []
@@ -67,13 +64,12 @@ def control_overrides(
         goals.append((control.flops, lambda size: size.flops_per_token))
     if control.parameters is not None:
         goals.append((control.parameters, lambda size: size.parameters))
-    values: dict[str, int] = {}
+    config, values = start, dict.fromkeys((key for key, _ in goals), 0)
     for _ in range(_MOST_ROUNDS):  # one key may move the other's goal a little
         before = dict(values)
         for key, measure in goals:
-            others = [f"{k}={v}" for k, v in values.items() if k != key]
-            search = _Search(recipe, [*typed, *others], key, measure)
-            values[key] = search.nearest(measure(wanted))
+            values[key] = _Search(config, key, measure).nearest(measure(wanted))
+            config = change(config, [f"{key}={values[key]}"], [key])
         if values == before:
             break
     return [f"{key}={value}" for key, value in values.items()]
@@ -82,53 +78,53 @@ def control_overrides(
 class _Search:
     """One integer key of a recipe, on which a size depends (almost) linearly."""
 
-    def __init__(
-        self, recipe: str, typed: Sequence[str], key: str, measure: Callable[[Size], float]
-    ) -> None:
-        self._recipe, self._typed, self._key, self._measure = recipe, list(typed), key, measure
-        start = flatten(compose(recipe, typed).config).get(key)
+    def __init__(self, config: RunConfig, key: str, measure: Callable[[Size], float]) -> None:
+        self._config, self._key, self._measure = config, key, measure
+        start = flatten(config).get(key)
         if not isinstance(start, int) or isinstance(start, bool):
             raise RecipeError([f"{key}={start}: a control varies a whole number; name such a key"])
         self._start: int = start
+        self._here = measure(size_of(config))
 
     def nearest(self, goal: float) -> int:
         """The legal value whose size is nearest to the goal.
 
         Raises:
-            RecipeError: no other value is legal, or the size does not depend on the key.
+            RecipeError: the size does not depend on the key, or no other value is legal.
         """
-        step = self._legal_step()
-        here, there = self._size(self._start), self._size(self._start + step)
-        if here is None or there is None or here == there:
-            raise RecipeError([f"{self._key}: the size does not depend on it; name another key"])
-        steps = round((goal - here) / (there - here))
-        sizes = {
-            value: size
-            for n in (steps - 1, steps, steps + 1)
-            if (value := self._start + n * step) > 0 and (size := self._size(value)) is not None
-        }
+        step, slope = self._step()
+        steps = round((goal - self._here) / slope)
+        values = (self._start + n * step for n in (steps - 1, steps, steps + 1))
+        sizes = {value: size for value in values if (size := self._size(value)) is not None}
         if not sizes:
-            raise RecipeError([f"{self._key}: no value gives the size; name another key"])
+            raise RecipeError([f"{self._key}: no legal value gives the size; name another key"])
         return min(sizes, key=lambda value: abs(sizes[value] - goal))
 
-    def _legal_step(self) -> int:
-        """The smallest power of two by which the key may grow: a layout may want a multiple."""
+    def _step(self) -> tuple[int, float]:
+        """The smallest power of two by which the key may grow, and what that adds to the size.
+
+        A layout may want a multiple, and a memory has as many rows as the next prime.
+        """
         step = 1
-        while self._size(self._start + step) is None:
+        while step <= _LARGEST_STEP:
+            there = self._size(self._start + step)
+            if there is not None and there != self._here:
+                return step, there - self._here
             step *= 2
-            if step > _LARGEST_STEP:
-                raise RecipeError(
-                    [f"{self._key}={self._start + 1}: neither this nor a larger value is legal"]
-                )
-        return step
+        raise RecipeError(
+            [f"{self._key}={self._start}: the size does not grow with it; name another key"]
+        )
 
     def _size(self, value: int) -> float | None:
         """None: the value is not legal."""
+        if value < 1:
+            return None
         try:
-            config = compose(self._recipe, [*self._typed, f"{self._key}={value}"]).config
+            return self._measure(
+                size_of(change(self._config, [f"{self._key}={value}"], [self._key]))
+            )
         except RecipeError:
             return None
-        return self._measure(size_of(config))
 
 
 def deviation(size: float, reference: float) -> str:

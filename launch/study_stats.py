@@ -7,12 +7,13 @@ compared seed by seed: the difference is less noisy than the losses.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from math import sqrt
+from math import inf, sqrt
 from statistics import fmean, stdev
 from typing import Literal
 
+from scipy.integrate import quad
 from scipy.optimize import brentq
-from scipy.stats import nct, t
+from scipy.stats import chi, norm, t
 
 from launch.study_config import Hypothesis
 
@@ -56,8 +57,8 @@ def estimate(values: Sequence[float]) -> Estimate:
     number = len(values)
     if number < 2:
         return Estimate(mean=fmean(values), half_width=None)
-    quantile = float(t.ppf((1 + CONFIDENCE) / 2, number - 1))
-    return Estimate(mean=fmean(values), half_width=quantile * stdev(values) / sqrt(number))
+    half_width = _quantile(number - 1) * stdev(values) / sqrt(number)
+    return Estimate(mean=fmean(values), half_width=half_width)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,19 +101,29 @@ def compare(arm: Sequence[float], other: Sequence[float]) -> Comparison:
 
 @cache
 def detectable_effect(num_seeds: int) -> float:
-    """Effect size that a two-sided paired t test finds with a probability of 80 %.
+    """Effect size that a two-sided paired t test decides with a probability of 80 %.
 
-    The test statistic then has a noncentral t distribution.
+    The mean is normal, the standard deviation over its true value chi over the root of the degrees of
+    freedom, and both are independent.
     """
-    freedom = num_seeds - 1
-    critical = float(t.ppf((1 + CONFIDENCE) / 2, freedom))
+    freedom, quantile = num_seeds - 1, _quantile(num_seeds - 1)
 
     def excess(size: float) -> float:
         shift = size * sqrt(num_seeds)
-        found = nct.sf(critical, freedom, shift) + nct.cdf(-critical, freedom, shift)
-        return float(found) - POWER
+
+        def decided(root: float) -> float:
+            edge = quantile * root / sqrt(freedom)
+            return float(
+                (norm.cdf(shift - edge) + norm.cdf(-shift - edge)) * chi.pdf(root, freedom)
+            )
+
+        return float(quad(decided, 0.0, inf)[0]) - POWER
 
     return float(brentq(excess, 0.0, 100.0))
+
+
+def _quantile(freedom: int) -> float:
+    return float(t.ppf((1 + CONFIDENCE) / 2, freedom))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

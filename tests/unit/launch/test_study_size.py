@@ -1,5 +1,7 @@
 """Controls of the size of another arm, against a search over all values."""
 
+from functools import cache
+
 import pytest
 
 from launch.compose import RecipeError, compose
@@ -11,6 +13,7 @@ NANO = ["parallel.data_parallel_size=1", "parallel.expert_parallel_size=1"]
 OFF = [*NANO, "model.engram=null"]
 
 
+@cache
 def recipe(*overrides: str) -> RunConfig:
     return compose("engram_nano", overrides).config
 
@@ -22,15 +25,14 @@ def size(*overrides: str) -> Size:
 def test_the_control_has_the_nearest_number_of_experts() -> None:
     wanted = recipe(*NANO)
     control = Control(base="off", match="on", parameters="model.moe.num_experts")
-    [found] = control_overrides("engram_nano", OFF, control, wanted)
-    target = size(*NANO).parameters
+    [found] = control_overrides(recipe(*OFF), control, wanted)
+    target = size_of(wanted).parameters
     # Counted by hand from the shapes: gate and up, down, and a row of the router, in each MoE layer.
     hidden, width, layers = 128, 64, 3
     expert = layers * (3 * hidden * width + hidden)
     assert size(*OFF, "model.moe.num_experts=9").parameters - size(*OFF).parameters == expert
-    gaps = {
-        count: abs(size(*OFF).parameters + (count - 8) * expert - target) for count in range(4, 40)
-    }
+    eight = size(*OFF).parameters
+    gaps = {count: abs(eight + (count - 8) * expert - target) for count in range(4, 40)}
     assert found == f"model.moe.num_experts={min(gaps, key=lambda count: gaps[count])}"
     assert gaps[int(found.partition("=")[2])] <= expert / 2
 
@@ -43,7 +45,7 @@ def test_parameters_and_flops_are_matched_together() -> None:
         parameters="model.moe.num_experts",
         flops="model.intermediate_size",
     )
-    found = control_overrides("engram_nano", OFF, control, recipe(*NANO))
+    found = control_overrides(recipe(*OFF), control, recipe(*NANO))
     reached = size(*OFF, *found)
     # Another row of the dense layer makes 6 x 3 x 128 operations, another expert 74,112 parameters.
     assert abs(reached.flops_per_token - wanted.flops_per_token) <= 18 * 128 / 2
@@ -54,25 +56,32 @@ def test_parameters_and_flops_are_matched_together() -> None:
 def test_values_that_a_layout_refuses_are_left_out() -> None:
     typed = ["model.engram=null"]  # on 4 ranks with experts over 2
     control = Control(base="off", match="on", parameters="model.moe.num_experts")
-    [found] = control_overrides("engram_nano", typed, control, recipe(*NANO))
+    [found] = control_overrides(recipe(*typed), control, recipe(*NANO))
     assert int(found.partition("=")[2]) % 2 == 0
 
 
 def test_an_arm_may_shrink() -> None:
-    control = Control(base="on", match="off", parameters="model.engram.rows_per_head")
-    [found] = control_overrides("engram_nano", NANO, control, recipe(*OFF))
-    assert 0 < int(found.partition("=")[2]) < 2000
+    control = Control(base="on", match="off", parameters="model.moe.num_experts")
+    [found] = control_overrides(recipe(*NANO), control, recipe(*OFF))
+    assert 2 <= int(found.partition("=")[2]) < 8
+
+
+def test_rows_grow_to_the_next_prime_only() -> None:
+    control = Control(base="on", match="more", parameters="model.engram.rows_per_head")
+    target = recipe(*NANO, "model.engram.rows_per_head=2600")
+    [found] = control_overrides(recipe(*NANO), control, target)
+    assert int(found.partition("=")[2]) == pytest.approx(2600, rel=0.02)
 
 
 @pytest.mark.parametrize(
     ("key", "message"),
     [
         ("model.residual", r"model\.residual=mhc: a control varies a whole number"),
-        ("train.micro_batch_size", "the size does not depend on it"),
+        ("train.global_batch_size", "the size does not grow with it"),
         ("model.moe.number", "a control varies a whole number"),
     ],
 )
 def test_a_key_that_gives_no_size_is_refused(key: str, message: str) -> None:
     control = Control(base="off", match="on", parameters=key)
     with pytest.raises(RecipeError, match=message):
-        control_overrides("engram_nano", OFF, control, recipe(*NANO))
+        control_overrides(recipe(*OFF), control, recipe(*NANO))

@@ -47,6 +47,7 @@ def test_further_experts_leave_the_first_ones_alone() -> None:
 
 def test_seeds_differ() -> None:
     first, second = start(0), start(1)
-    drawn = [name for name, value in first.items() if value.std() > 0]
+    # The maps of the streams have explicit biases.
+    drawn = [n for n, value in first.items() if value.std() > 0 and not n.endswith(".bias")]
     assert len(drawn) > 10
     assert not any(torch.equal(first[name], second[name]) for name in drawn)
