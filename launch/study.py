@@ -113,7 +113,7 @@ def _train_all(
 
 
 def _is_done(trial: Trial) -> bool:
-    return read_status(trial.run_dir)["state"] == "done"
+    return bool(read_status(trial.run_dir)["state"] == "done")
 
 
 class _Child:

@@ -4,7 +4,7 @@ Called by `launch.study` when all runs are done. Everything is read from the run
 be made again at any time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -27,7 +27,11 @@ from launch.study_stats import (
 )
 from train.recipe import to_plain
 
-_REDUCE = {"last": lambda values: values[-1], "max": max, "min": min}
+_REDUCE: dict[Reduction, Callable[[list[float]], float]] = {
+    "last": lambda values: values[-1],
+    "max": max,
+    "min": min,
+}
 _CURVE_NOTE = (
     "Lines are means over the seeds, bands the range from the lowest to the highest seed. Training "
     "losses are next-token cross-entropy in nats per token, smoothed by an exponential moving average "
@@ -81,7 +85,7 @@ class StudyRuns:
                     f"metric {metric}: {trial.run_dir} has no record of it; name one of "
                     f"{', '.join(sorted(set().union(*rows)))}"
                 )
-            found.append(float(_REDUCE[reduce](values)))
+            found.append(_REDUCE[reduce](values))
         return found
 
     def has(self, arm: str, metric: str) -> bool:

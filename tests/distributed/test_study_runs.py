@@ -49,7 +49,7 @@ STUDY = {
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(300)
 def test_a_study_of_needles_trains_checks_and_reports(tiny_corpus: Path, tmp_path: Path) -> None:
     """In two ranks as in one: the checksums, the share of values found and their loss."""
     corpus = tmp_path / "corpus"
