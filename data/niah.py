@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from data.config import PAIR_TOKENS
+from data.manifest import SPLITS, Manifest, file_sha256
 from data.reader import SplitReader
-from data.shards import SPLITS, Manifest, Sample, file_sha256, write_split
+from data.shards import Sample, write_split
 from data.tokenizer import decoded_tokens, read_vocabulary
 
 SOURCE = "niah"

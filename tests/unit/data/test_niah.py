@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+from data.manifest import SPLITS
 from data.niah import Alphabet, NiahShape, build_niah, niah_document, read_alphabet
 from data.reader import SplitReader
-from data.shards import SPLITS
 
 SHAPE = NiahShape(tokens=64, needles=2, words=3, train_documents=60, validation_documents=40)
 THREE = NiahShape(tokens=64, needles=3, words=6)
