@@ -70,7 +70,7 @@ def vision_flops(config: VisionConfig, hidden_size: int, grids: Iterable[tuple[i
     merged = width * config.spatial_merge**2
     between = config.projector_intermediate_size
     row = 2 * merged * hidden_size if between is None else 2 * between * (merged + hidden_size)
-    patch = 2 * config.channels * config.frames_per_patch * config.patch_size**2 * width
+    patch = 2.0 * config.channels * config.frames_per_patch * config.patch_size**2 * width
     patch += row / config.spatial_merge**2
     pair = 0
     if encoder:
