@@ -232,5 +232,5 @@ def test_needles_want_a_corpus_to_hide_in(
     Path("c").symlink_to(tiny_corpus)
     code, _, problem = say(capsys, "data build niah -o c")
     assert code == 2
-    assert "c/tokenizer.json: has 7 words of one token" in problem
+    assert "words of one token" in problem
     assert not (tiny_corpus / "niah").exists()
