@@ -159,6 +159,7 @@ def _add_tools(add: _Add) -> None:
     command.add_argument("study", metavar="STUDY", help="a name of `mneme list`, or a YAML file")
     command.add_argument("--seeds", type=int, help="default: what the study says")
     command.add_argument("--runs-dir", type=Path, default=Path("runs"))
+    command.add_argument("-o", "--output", type=Path, help="report; default: beside the runs")
     _add_overrides(command)
     command = add(_report, "compare runs on one page")
     command.add_argument("runs", metavar="RUN", nargs="+", type=Path)
@@ -310,6 +311,7 @@ def _ablate(options: argparse.Namespace) -> int:
         seeds=options.seeds,
         runs_dir=options.runs_dir,
         overrides=options.overrides,
+        output=options.output,
     )
 
 

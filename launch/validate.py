@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from data.config import PAIR_TOKENS
 from data.rules import problems as data_problems
 from launch.schema import without
 from parallel.config import BACKENDS_WITHOUT_FP64
@@ -49,6 +50,7 @@ _MAY_BE_ZERO = {
     "optim.beta2",
     "train.seed",
     "evaluate.every_steps",
+    "evaluate.num_questions",
     "monitor.residual_every_steps",
     "monitor.expert_load_every_steps",
     "model.moe.bias_update_speed",
@@ -368,6 +370,25 @@ def _evaluation(config: RunConfig) -> Problems:
         )
 
 
+def _questions(config: RunConfig) -> Problems:
+    """Answers are looked up in whole sequences and a whole vocabulary, by the rank that has the model."""
+    path = f"evaluate.num_questions={config.evaluate.num_questions}"
+    if not config.evaluate.num_questions:
+        return
+    for axis in ("tensor", "context", "pipeline"):
+        if (size := getattr(config.parallel, f"{axis}_parallel_size")) > 1:
+            yield (
+                f"{path}: answers are scored where a rank has all of the model and its sequences, and "
+                f"parallel.{axis}_parallel_size={size}; use 1, or evaluate.num_questions=0"
+            )
+    most = (config.data.sequence_length - 2) // PAIR_TOKENS
+    if config.evaluate.num_questions > most:
+        yield (
+            f"{path}: a sequence of data.sequence_length={config.data.sequence_length} holds {most} at "
+            f"most; use {most} or fewer"
+        )
+
+
 def _schedule(config: RunConfig) -> Problems:
     optim, steps = config.optim, config.train.steps
     warmup = optim.warmup_steps
@@ -416,6 +437,7 @@ _RULES: list[Rule] = [
     _sources,
     _data,
     _evaluation,
+    _questions,
     _alarms,
     _schedule,
 ]

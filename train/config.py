@@ -149,6 +149,9 @@ class EvaluateConfig:
     """Steps between evaluations, 0: never; the last step is evaluated too."""
     num_sequences: int = 32
     """Sequences of the held-out split, the same ones each time; a multiple of the data ranks."""
+    num_questions: int = 0
+    """Questions at the end of each held-out document whose answers are scored (niah/accuracy), for
+    documents of `mneme data build niah`; 0: none."""
 
 
 AlarmAction: TypeAlias = Literal["log", "save", "stop"]

@@ -35,7 +35,7 @@ def end_step(
 
     The same on all ranks. Axes over which nothing was sent are left out.
 
-    Communication: one all-reduce of twelve numbers, and one for each source, over the world.
+    Communication: one all-reduce of thirteen numbers, and one for each source, over the world.
 
     Args:
         training: says the device.
@@ -45,13 +45,13 @@ def end_step(
         batch: of this rank.
     """
     wishes = (stop.requested, "stop" in actions, "save" in actions)
-    seen = (len(batch.faults), batch.input_ids.numel(), *batch.source_tokens)
+    seen = (batch.checksum, len(batch.faults), batch.input_ids.numel(), *batch.source_tokens)
     seen = seen if training.counts_data else (0,) * len(seen)
     numbers = [float(number) for number in (*wishes, *sent.values(), *seen)]
     totals = sum_over(torch.tensor(numbers, dtype=training.sum_dtype, device=training.device))
     stopped, alarmed, saved, *others = totals.tolist()
     exit_code = STOPPED_EXIT_CODE if stopped else ALARM_EXIT_CODE if alarmed else 0
-    all_sent, (skipped, tokens, *by_source) = others[: len(sent)], others[len(sent) :]
+    all_sent, (checksum, skipped, tokens, *by_source) = others[: len(sent)], others[len(sent) :]
     ranks, names = dist.get_world_size(), sorted(training.config.data.sources)
     record: Record = {
         f"comm/{axis}_bytes": total / ranks
@@ -60,6 +60,7 @@ def end_step(
     }
     record |= {f"data/{n}_tokens": total for n, total in zip(names, by_source, strict=True)}
     record |= {
+        "data/checksum": checksum,
         "data/skipped_samples": skipped,
         "data/packing_efficiency": sum(by_source) / tokens,
     }

@@ -286,6 +286,16 @@ def test_the_quick_start_is_valid(nano: RunConfig) -> None:
         ({"optim__beta2": 1.0}, "optim.beta2=1.0: must be below 1", "for example optim.beta2=0.9"),
         ({"optim__final_fraction": 1.5}, "optim.final_fraction=1.5: is a fraction", "0 to 1"),
         ({"launch__threads_per_rank": 0}, "launch.threads_per_rank=0: must be positive", ""),
+        (
+            {"evaluate__num_questions": 4, "parallel__context_parallel_size": 2},
+            "evaluate.num_questions=4: answers are scored where a rank has all of the model",
+            "parallel.context_parallel_size=2; use 1, or evaluate.num_questions=0",
+        ),
+        (
+            {"evaluate__num_questions": 64},
+            "evaluate.num_questions=64: a sequence of data.sequence_length=256 holds 63 at most",
+            "use 63 or fewer",
+        ),
     ],
 )
 def test_a_broken_rule(nano: RunConfig, values: dict[str, Any], start: str, fix: str) -> None:
