@@ -11,17 +11,17 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from parallel import engram_files
-from parallel.engram_chain import read_manifest
+from parallel.engram_chain import FOLDER, read_manifest, write_manifest
 from parallel.engram_dirty import DirtyRows
 from parallel.engram_files import TablePlace
 from parallel.engram_rows import Marks
-from parallel.engram_saves import TableSaver
+from parallel.engram_saves import TableSaver, Taken
 from train.checkpoint.commit import (
     begin,
     checkpoint_path,
+    choose,
+    clean_up,
     commit,
-    newest_checkpoint,
-    remove_leftovers,
     remove_old,
 )
 
@@ -136,10 +136,11 @@ class Run:
         self.step = 0
 
     def restore(self) -> int:
-        if dist.get_rank() == 0:
-            remove_leftovers(self.run_dir)
+        choice = choose(self.run_dir)
         dist.barrier()
-        newest = newest_checkpoint(self.run_dir)
+        if dist.get_rank() == 0:
+            clean_up(self.run_dir, choice)
+        newest = choice.newest
         if newest:
             self.step = newest[0]
             self.saver.restore(newest[1])
@@ -151,13 +152,16 @@ class Run:
             if self.service:
                 self.service.update(self.step)
 
-    def save(self, keep_last: int = 9) -> Path:
+    def save(self, keep_last: int = 9, taken: Taken | None = None) -> Path:
+        """Save the tables as they are, or as they were taken after this step."""
+        taken = taken or self.saver.take()
         temporary = checkpoint_path(self.run_dir, self.step).with_suffix(".tmp")
         if dist.get_rank() == 0:
             begin(self.run_dir, self.step)
         dist.barrier()
-        self.saver.finish(self.saver.start(temporary, self.step))
+        manifest = self.saver.write(temporary, self.step, taken)
         if dist.get_rank() == 0:
+            write_manifest(temporary / FOLDER, manifest)
             commit(temporary)
             remove_old(self.run_dir, keep_last)
         dist.barrier()
