@@ -69,11 +69,8 @@ def _checkpoints(source: Path) -> list[Path]:
     """
     from train.checkpoint.commit import complete_checkpoints  # noqa: PLC0415
 
-    if (
-        (source / "checkpoint.json").is_file()
-        or source.name.startswith("step-")
-        and source.is_dir()
-    ):
+    named = source.name.startswith("step-") and source.is_dir()
+    if named or (source / "checkpoint.json").is_file():
         return [source]
     found = [path for _, path in complete_checkpoints(source)]
     if not found:
