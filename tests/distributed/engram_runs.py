@@ -17,11 +17,12 @@ from parallel.engram_files import TablePlace
 from parallel.engram_rows import Marks
 from parallel.engram_saves import TableSaver, Taken
 from train.checkpoint.commit import (
+    Choice,
     begin,
     checkpoint_path,
-    choose,
     clean_up,
     commit,
+    newest_checkpoint,
     remove_old,
 )
 
@@ -136,11 +137,10 @@ class Run:
         self.step = 0
 
     def restore(self) -> int:
-        choice = choose(self.run_dir)
-        dist.barrier()
         if dist.get_rank() == 0:
-            clean_up(self.run_dir, choice)
-        newest = choice.newest
+            clean_up(self.run_dir, Choice(None, (), ()))
+        dist.barrier()
+        newest = newest_checkpoint(self.run_dir)
         if newest:
             self.step = newest[0]
             self.saver.restore(newest[1])
@@ -152,21 +152,26 @@ class Run:
             if self.service:
                 self.service.update(self.step)
 
-    def save(self, keep_last: int = 9, taken: Taken | None = None) -> Path:
-        """Save the tables as they are, or as they were taken after this step."""
-        taken = taken or self.saver.take()
-        temporary = checkpoint_path(self.run_dir, self.step).with_suffix(".tmp")
+    def save(
+        self,
+        keep_last: int = 9,
+        keep_every_steps: int = 0,
+        taken: tuple[int, Taken] | None = None,
+    ) -> Path:
+        """Save the tables as they are, or as they were taken after an earlier step."""
+        step, changes = taken or (self.step, self.saver.take())
+        temporary = checkpoint_path(self.run_dir, step).with_suffix(".tmp")
         if dist.get_rank() == 0:
-            begin(self.run_dir, self.step)
+            begin(self.run_dir, step)
         dist.barrier()
-        manifest = self.saver.write(temporary, self.step, taken)
+        manifest = self.saver.write(temporary, step, changes)
         if dist.get_rank() == 0:
             write_manifest(temporary / FOLDER, manifest)
             commit(temporary)
-            remove_old(self.run_dir, keep_last)
+            remove_old(self.run_dir, keep_last, keep_every_steps)
         dist.barrier()
-        path = checkpoint_path(self.run_dir, self.step)
-        self.saver.committed(path, self.step)
+        path = checkpoint_path(self.run_dir, step)
+        self.saver.committed(path, step)
         return path
 
     def differences(self) -> int:

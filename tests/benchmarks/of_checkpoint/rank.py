@@ -4,6 +4,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -86,16 +87,16 @@ def measure(rank: int, folder: Path, rounds: int) -> tuple[int, Seconds]:
     waits, behind = saver(asynchronous=False), saver(asynchronous=True)
     data = folder / f"raw-{rank}"
     content = torch.cat([v.to_local().flatten() for v in engine.state().values()]).numpy()
-    for number in range(rounds + 1):
+    for step in range(1, 2 * rounds + 3, 2):
         timed("raw write", lambda: write(data, content.data.cast("B")))
         drop(data)
         timed("raw read", lambda: read(data, content.data.cast("B")))
         data.unlink()
-        timed("save", lambda: waits.save(progress(2 * number + 1)))
-        timed("blocked", lambda: behind.save(progress(2 * number + 2)))
+        timed("save", partial(waits.save, progress(step)))
+        timed("blocked", partial(behind.save, progress(step + 1)))
         timed("behind", behind.wait)
         dist.barrier()
-        for path in checkpoint_path(folder, 2 * number + 2).rglob("*"):
+        for path in checkpoint_path(folder, step + 1).rglob("*"):
             drop(path)
         timed("load", lambda: load(folder, model, engine))
     dist.barrier()
@@ -109,7 +110,7 @@ def progress(step: int) -> Progress:
     return Progress(step=step, tokens=0, data_state={})
 
 
-def load(folder: Path, model: Any, engine: Engine) -> None:  # noqa: ANN401
+def load(folder: Path, model: Any, engine: Engine) -> None:
     """Into the live tensors."""
     rng = torch.get_rng_state()
     assert restore(folder, model, engine, [], rng_state=rng, tables=None, corpus="")
