@@ -170,3 +170,39 @@ def test_a_stop_request_to_one_rank_while_a_save_is_under_way(
     assert all(verify(path) == [] for _, path in complete_checkpoints(tmp_path))
     assert [row["step"] for row in events(tmp_path, "checkpoint")] == sorted({10, last})
     assert not list((tmp_path / "checkpoints").glob("*.tmp"))
+
+
+def test_a_run_goes_on_from_the_newest_whole_checkpoint_and_writes_what_it_skipped(
+    tiny_corpus: Path, tmp_path: Path
+) -> None:
+    """Bit by bit the same run, though it goes on from an older step; and it saves that step again."""
+    config = small_run(tiny_corpus, EVERY, steps=6, **TWO)
+    assert run_distributed(train_here, 2, config, tmp_path) == [0, 0]
+    wanted = records(tmp_path)
+    newest = tmp_path / "checkpoints/step-00000006"
+    shard = newest / "__0_0.distcp"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    newest.with_name("step-00000008.tmp").mkdir()
+    assert run_distributed(train_here, 2, config, tmp_path) == [0, 0]
+    assert [row["step"] for row in events(tmp_path, "resume")] == [4]
+    damaged, leftover = (row["detail"] for row in events(tmp_path, "skipped_checkpoint"))
+    assert damaged.startswith("step-00000006: __0_0.distcp: has ")
+    assert damaged.endswith("; kept as step-00000006.damaged")
+    assert leftover == (
+        "step-00000008.tmp: left by a save or a removal that was cut short; removed"
+    )
+    assert records(tmp_path) == wanted
+    assert verify(newest) == []
+
+
+def refused(rank: int, config: RunConfig, run_dir: Path) -> None:
+    with pytest.raises(ValueError, match=r"no checkpoint is whole:\n  step-00000002: manifest"):
+        train_here(rank, config, run_dir)
+
+
+def test_no_whole_checkpoint_is_refused_on_all_ranks(tiny_corpus: Path, tmp_path: Path) -> None:
+    """To begin again at step 1 would take away what the user may still be able to put back."""
+    path = tmp_path / "checkpoints/step-00000002"
+    path.mkdir(parents=True)
+    run_distributed(refused, 2, small_run(tiny_corpus, EVERY, steps=4, **TWO), tmp_path)
+    assert path.is_dir()
