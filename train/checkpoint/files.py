@@ -1,16 +1,27 @@
-"""How torch DCP writes files here: each is hashed as it is written, without being read again."""
+"""How torch DCP writes and reads files here: hashed as they are written, and by several threads.
+
+The files are DCP's own, as any program with torch reads them.
+"""
 
 import hashlib
 import io
 import os
 from collections.abc import Generator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
-from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
+import torch.futures
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 
 from train.checkpoint.manifest import FileHash
+
+_DURABLE_BYTES = 1 << 26
+"""A file is made durable so many bytes at a time, while the next ones are hashed."""
+_READERS = 4
+"""Threads of a rank that read: some wait for the drive while others copy."""
 
 
 class HashingWriter(FileSystemWriter):
@@ -30,6 +41,21 @@ class HashingWriter(FileSystemWriter):
         return list(self._files.hashes.values())
 
 
+class ParallelReader(FileSystemReader):
+    """DCP's reader; several tensors at a time.
+
+    Args:
+        path: directory of the checkpoint.
+    """
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> torch.futures.Future[None]:
+        """Read what a rank needs into its tensors."""
+        one_at_a_time = super().read_data
+        with ThreadPoolExecutor(_READERS) as pool:
+            list(pool.map(lambda item: one_at_a_time(LoadPlan([item]), planner), plan.items))
+        return one_at_a_time(LoadPlan([]), planner)
+
+
 class _HashingFiles(FileSystem):
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -40,8 +66,10 @@ class _HashingFiles(FileSystem):
         self, path: str | os.PathLike[str], mode: str
     ) -> Generator[io.IOBase, None, None]:
         """Open a file; what is written to it is hashed."""
-        with super().create_stream(path, mode) as stream:
-            hashing = _HashingStream(cast("io.BufferedIOBase", stream))
+        with (
+            super().create_stream(path, mode) as stream,
+            _HashingStream(cast("io.BufferedIOBase", stream)) as hashing,
+        ):
             yield hashing
         name = Path(path).relative_to(self._root).as_posix()
         self.hashes[name] = FileHash(name, hashing.size, hashing.digest.hexdigest())
@@ -54,18 +82,20 @@ class _HashingFiles(FileSystem):
 
 
 class _HashingStream(io.RawIOBase):
-    """A file that is only appended to."""
+    """A file that is only appended to; the drive begins to work before all is there."""
 
     def __init__(self, stream: io.BufferedIOBase) -> None:
         self._stream = stream
+        self._flusher = ThreadPoolExecutor(1)
+        self._flushed: Future[None] | None = None
+        self._fresh = 0
         self.digest = hashlib.sha256()
         self.size = 0
 
     def write(self, data: object) -> int:
         view = memoryview(data).cast("B")  # type: ignore[arg-type]
-        self.digest.update(view)
-        self._stream.write(view)
-        self.size += len(view)
+        for begin in range(0, len(view), _DURABLE_BYTES):
+            self._append(view[begin : begin + _DURABLE_BYTES])
         return len(view)
 
     def tell(self) -> int:
@@ -76,9 +106,27 @@ class _HashingStream(io.RawIOBase):
             self._stream.flush()
 
     def fileno(self) -> int:
-        self._stream.flush()  # whoever asks makes the content durable
+        """For whoever makes the content durable: all of it was handed to the system by now."""
+        self._stream.flush()
+        self._wait()
         return self._stream.fileno()
 
     def close(self) -> None:
+        self._flusher.shutdown()
         self._stream.close()
         super().close()
+
+    def _append(self, view: memoryview) -> None:
+        self.digest.update(view)
+        self._stream.write(view)
+        self.size += len(view)
+        self._fresh += len(view)
+        if self._fresh >= _DURABLE_BYTES:
+            self._wait()
+            self._flushed = self._flusher.submit(os.fdatasync, self._stream.fileno())
+            self._fresh = 0
+
+    def _wait(self) -> None:
+        """Raise what went wrong: the system tells it once, and not again when all is made durable."""
+        if self._flushed is not None:
+            self._flushed.result()

@@ -49,8 +49,8 @@ class Damage:
     detail: str
 
 
-HashCache = dict[tuple[int, int], str]
-"""Device and inode -> sha256: checkpoints share files of Engram's tables."""
+HashCache = dict[tuple[int, ...], str]
+"""Device, inode, time of the last change -> sha256: checkpoints share files of Engram's tables."""
 
 _ADAPTER = TypeAdapter(Manifest)
 
@@ -173,10 +173,11 @@ def _damage(checkpoint: Path, entry: FileHash, cache: HashCache) -> Damage | Non
         return damage
     with (checkpoint / entry.name).open("rb") as stream:
         status = os.fstat(stream.fileno())
-        inode = (status.st_dev, status.st_ino)
-        if inode not in cache:
-            cache[inode] = hashlib.file_digest(stream, "sha256").hexdigest()
-    if cache[inode] == entry.sha256:
+        # A run may go on meanwhile, and give the inode of a file that it removes to another one.
+        file = (status.st_dev, status.st_ino, status.st_mtime_ns)
+        if file not in cache:
+            cache[file] = hashlib.file_digest(stream, "sha256").hexdigest()
+    if cache[file] == entry.sha256:
         return None
-    detail = f"{entry.name}: sha256 {cache[inode]}, not {entry.sha256}"
+    detail = f"{entry.name}: sha256 {cache[file]}, not {entry.sha256}"
     return Damage(entry.name, "changed", detail)
