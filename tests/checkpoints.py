@@ -26,18 +26,25 @@ def save(training: Training, run_dir: Path, progress: Progress, *, corpus: str =
 
 
 def small_run(
-    corpus: Path, checkpoint: CheckpointConfig, *, steps: int, layers: int = 2, **parallel: Any
+    corpus: Path, checkpoint: CheckpointConfig, *, steps: int, layers: int = 1, **parallel: Any
 ) -> RunConfig:
-    """Experts, mHC, MTP, and memories in host memory, in fp64; a batch is 8 sequences."""
+    """Experts, mHC, and memories in host memory, in fp64; a batch is 8 sequences.
+
+    One layer, without more, starts quickly; several have a dense one and MTP beside.
+    """
     config = recipe(corpus, "mhc", 1, 1, 2)
-    ranks = parallel.get("data_parallel_size", 1) * parallel.get("data_replicate_parallel_size", 1)
-    optim = replace(config.optim, schedule="constant")
+    model, ranks = replace(config.model, num_layers=layers), parallel.get("data_parallel_size", 1)
+    if layers == 1:
+        assert model.engram is not None
+        memory = replace(model.engram, layers=(0,))
+        model = replace(model, num_dense_layers=0, mtp_depth=0, engram=memory)
+    ranks *= parallel.get("data_replicate_parallel_size", 1)
     return replace(
         config,
-        model=replace(config.model, num_layers=layers),
+        model=model,
         parallel=ParallelConfig(engram=EngramTableConfig(storage="memory"), **parallel),
         data=replace(config.data, sequence_length=24),
-        optim=optim,
+        optim=replace(config.optim, schedule="constant"),
         train=replace(config.train, steps=steps, micro_batch_size=min(2, 8 // ranks)),
         checkpoint=checkpoint,
         evaluate=EvaluateConfig(every_steps=0),

@@ -13,17 +13,17 @@ import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-import train.checkpoint.saver as saver_module
-import train.loop as loop_module
 from parallel.engram_reader import open_tables
 from tests.checkpoints import events, records, small_run, train_here
 from tests.harness import fork_ranks, run_distributed
-from train.checkpoint.commit import complete_checkpoints
+from train.checkpoint.commit import begin, commit, complete_checkpoints
 from train.checkpoint.files import HashingWriter
 from train.checkpoint.manifest import verify
 from train.checkpoint.together import SaveError
 from train.config import CheckpointConfig, RunConfig
+from train.step import train_step
 
+SAVER = "train.checkpoint.saver"
 EVERY = CheckpointConfig(every_steps=2, keep_last=99)
 STEPS = 8
 TWO = {"data_parallel_size": 2, "expert_parallel_size": 2}
@@ -41,7 +41,7 @@ def contents(checkpoint: Path, scratch: Path) -> dict[str, Any]:
 
 def slowly(rank: int, config: RunConfig, run_dir: Path) -> int:
     """Each save begins to write when training is at least a step further."""
-    begin, train_step, at = saver_module.begin, loop_module.train_step, [0]
+    at = [0]
 
     def count(training: Any, batch: Any, step: int) -> Any:
         at[0] = step
@@ -54,7 +54,7 @@ def slowly(rank: int, config: RunConfig, run_dir: Path) -> int:
         assert at[0] > step or step == STEPS
         return begin(run_dir, step)
 
-    with patch.object(saver_module, "begin", wait), patch.object(loop_module, "train_step", count):
+    with patch(f"{SAVER}.begin", wait), patch("train.loop.train_step", count):
         return train_here(rank, config, run_dir)
 
 
@@ -89,7 +89,7 @@ def test_what_is_saved_is_the_state_of_its_step_though_training_went_on(
 
 def fails_once(rank: int, config: RunConfig, run_dir: Path, broken: int) -> tuple[str, int]:
     """The error, and the step before which it was raised."""
-    write_data, train_step, seen = HashingWriter.write_data, loop_module.train_step, [0]
+    write_data, seen = HashingWriter.write_data, [0]
 
     def no_space(self: HashingWriter, *args: Any) -> Any:
         if rank == broken and "00000004" in str(self.path):
@@ -103,7 +103,7 @@ def fails_once(rank: int, config: RunConfig, run_dir: Path, broken: int) -> tupl
 
     with (
         patch.object(HashingWriter, "write_data", no_space),
-        patch.object(loop_module, "train_step", count),
+        patch("train.loop.train_step", count),
         pytest.raises(SaveError) as error,
     ):
         train_here(rank, config, run_dir)
@@ -132,14 +132,13 @@ def test_a_save_that_fails_on_one_rank_ends_all_at_the_same_step(
 
 def stopped(rank: int, config: RunConfig, run_dir: Path) -> None:
     """Every commit takes long, so that the request comes while one is under way."""
-    commit = saver_module.commit
 
     def late(temporary: Path, written: Any) -> Path:
         (run_dir / "committing").touch()
         time.sleep(1.0)
         return commit(temporary, written)
 
-    with patch.object(saver_module, "commit", late):
+    with patch(f"{SAVER}.commit", late):
         os._exit(train_here(rank, config, run_dir))
 
 

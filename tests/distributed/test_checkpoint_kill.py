@@ -23,16 +23,6 @@ def trains(rank: int, config: RunConfig, run_dir: Path) -> None:
     os._exit(train_here(rank, config, run_dir))
 
 
-def smallest(corpus: Path) -> RunConfig:
-    """One layer with experts, mHC and a memory, which starts quickly."""
-    rules = CheckpointConfig(every_steps=2, keep_last=3, keep_every_steps=20)
-    config = small_run(corpus, rules, steps=100_000, **TWO)
-    assert config.model.engram is not None
-    memory = replace(config.model.engram, layers=(0,))
-    model = replace(config.model, num_layers=1, num_dense_layers=0, mtp_depth=0, engram=memory)
-    return replace(config, model=model)
-
-
 def start_and_kill(config: RunConfig, run_dir: Path, store: Path, moment: random.Random) -> None:
     """Most kills come within a few steps and saves, some before the first of them."""
     attempts = len(attempted(run_dir))
@@ -57,12 +47,12 @@ def start_and_kill(config: RunConfig, run_dir: Path, store: Path, moment: random
 
 def attempted(run_dir: Path) -> list[int]:
     """The steps after which attempts went on."""
-    return [row["step"] for kind in ("start", "resume") for row in events(run_dir, kind)]
+    return [int(row["step"]) for kind in ("start", "resume") for row in events(run_dir, kind)]
 
 
 def trained(run_dir: Path) -> int:
     """Steps of the newest attempt; its log cuts the file back a little later than it says so."""
-    steps = [row["step"] for row in records(run_dir)]
+    steps = [int(row["step"]) for row in records(run_dir)]
     return max([0, *steps]) - max(attempted(run_dir))
 
 
@@ -72,7 +62,8 @@ def test_kill_9_at_50_moments_changes_nothing(tiny_corpus: Path, tmp_path: Path)
     run_dir, whole = tmp_path / "killed", tmp_path / "whole"
     for path in (run_dir, whole):
         path.mkdir()
-    config = smallest(tiny_corpus)
+    rules = CheckpointConfig(every_steps=2, keep_last=3, keep_every_steps=20)
+    config = small_run(tiny_corpus, rules, steps=100_000, **TWO)
     moment = random.Random(7)
     committed, in_save = {0}, 0
     for kill in range(KILLS):

@@ -39,7 +39,8 @@ PAIRS = [
 def run(corpus: Path, run_dir: Path, layout: Layout) -> list[dict[str, Any]]:
     """Train to the end, from the checkpoint that is there, if there is one."""
     run_dir.mkdir(exist_ok=True)
-    rules = CheckpointConfig(every_steps=SAVED, keep_last=99)
+    begun = (run_dir / "checkpoints").is_dir()
+    rules = CheckpointConfig(every_steps=STEPS if begun else SAVED, keep_last=99)
     config = small_run(corpus, rules, steps=STEPS, layers=4, **layout)
     world = ParallelLayout.from_config(config.parallel).world_size
     assert run_distributed(train_here, world, config, run_dir, timeout=200.0) == [0] * world

@@ -14,7 +14,7 @@ from typing import cast
 
 import torch.futures
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 
 from train.checkpoint.manifest import FileHash
 
@@ -50,10 +50,15 @@ class ParallelReader(FileSystemReader):
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> torch.futures.Future[None]:
         """Read what a rank needs into its tensors."""
-        one_at_a_time = super().read_data
+        read_of = super().read_data
+
+        def read(item: ReadItem) -> None:
+            with torch.no_grad():  # each thread has a mode of its own
+                read_of(LoadPlan([item]), planner).wait()
+
         with ThreadPoolExecutor(_READERS) as pool:
-            list(pool.map(lambda item: one_at_a_time(LoadPlan([item]), planner), plan.items))
-        return one_at_a_time(LoadPlan([]), planner)
+            list(pool.map(read, plan.items))
+        return read_of(LoadPlan([]), planner)
 
 
 class _HashingFiles(FileSystem):

@@ -20,6 +20,7 @@ from train.checkpoint.commit import checkpoint_path
 from train.checkpoint.saver import CheckpointSaver
 from train.checkpoint.state import Progress, restore
 from train.config import CheckpointConfig
+from train.engine import DataEngine
 from train.training import Training
 
 LARGE, LARGE_NUMBERS = 30, 2**21
@@ -35,14 +36,14 @@ class Engine:
 
     def __init__(self) -> None:
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-        self._state = {}
+        self._state: dict[str, DTensor] = {}
         for number in range(LARGE + SMALL):
             size = LARGE_NUMBERS if number < LARGE else SMALL_NUMBERS
             for kind in ("model", "optim.exp_avg", "optim.exp_avg_sq"):
                 shard = torch.randn(size // 256, 256)
                 self._state[f"{kind}.{number}"] = DTensor.from_local(shard, mesh, [Shard(0)])
 
-    def state(self, *, only_weights: bool = False) -> dict[str, Tensor]:
+    def state(self, *, only_weights: bool = False) -> dict[str, DTensor]:
         """The live tensors."""
         return dict(self._state)
 
@@ -113,7 +114,9 @@ def progress(step: int) -> Progress:
 def load(folder: Path, model: Any, engine: Engine) -> None:
     """Into the live tensors."""
     rng = torch.get_rng_state()
-    assert restore(folder, model, engine, [], rng_state=rng, tables=None, corpus="")
+    assert restore(
+        folder, model, cast("DataEngine", engine), [], rng_state=rng, tables=None, corpus=""
+    )
 
 
 def write(path: Path, content: memoryview) -> None:

@@ -60,7 +60,7 @@ def test_inspect_lists_what_is_there_without_reading_it(
     tables = {name for name in entries if name.startswith("engram.")}
     assert entries.keys() - tables == whole.keys()
     assert tables == {
-        f"engram.1.{name}" for name in ("rows", "exp_avg", "exp_avg_sq", "num_updates")
+        f"engram.0.{name}" for name in ("rows", "exp_avg", "exp_avg_sq", "num_updates")
     }
     size = dict.fromkeys(("model", "optimizer", "buffers", "rng"), 0)
     for name, value in whole.items():
