@@ -110,7 +110,7 @@ def fails_once(rank: int, config: RunConfig, run_dir: Path, broken: int) -> tupl
     return str(error.value), seen[0]
 
 
-@pytest.mark.parametrize("asynchronous", [True, False])
+@pytest.mark.parametrize("asynchronous", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_save_that_fails_on_one_rank_ends_all_at_the_same_step(
     tiny_corpus: Path, tmp_path: Path, asynchronous: bool
 ) -> None:
@@ -142,7 +142,9 @@ def stopped(rank: int, config: RunConfig, run_dir: Path) -> None:
         os._exit(train_here(rank, config, run_dir))
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_a_stop_request_to_one_rank_while_a_save_is_under_way(
     tiny_corpus: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
