@@ -3,7 +3,8 @@
 Two ranks save 1.5 GB of weights and AdamW's states with the code of the training loop, and read them
 back. Beside that, in turns, each rank writes as many bytes to a file of its own and makes them durable,
 and reads such a file that the operating system does not keep in memory: that is what the disk can do.
-Saves include the hashes, the manifest and the commit; medians over the rounds.
+Saves include the hashes, the manifest and the commit, and, like the writes, not the removal of older
+ones. The ranks have the allocator's settings of a run. Medians over the rounds.
 
 Then `v4_nano` with four ranks is killed in the middle: the time from kill -9 of one rank to the first
 new record of the run.
@@ -25,6 +26,7 @@ import psutil
 from launch.bench import Row
 from launch.ranks import PIDS_FILE
 from launch.run_dir import last_attempt_logs, last_record
+from tests.benchmarks.parallel import GLIBC_TUNABLES
 
 ROUNDS = 3
 RANKS = 4
@@ -38,11 +40,12 @@ def run() -> list[Row]:
 
 def bandwidths() -> list[Row]:
     """By the code of the training loop, in two processes."""
-    from tests.benchmarks.of_checkpoint.rank import measure  # noqa: PLC0415 - needs torch
-    from tests.harness import run_distributed  # noqa: PLC0415
-
+    module = "tests.benchmarks.of_checkpoint.rank"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLIBC_TUNABLES": GLIBC_TUNABLES}
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
-        results = run_distributed(measure, 2, Path(folder), ROUNDS, timeout=600.0)
+        command = [sys.executable, "-m", module, folder, str(ROUNDS)]
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment).stdout
+    results: list[tuple[int, dict[str, list[float]]]] = json.loads(output)
     size = results[0][0]
     seconds = {
         name: statistics.median(max(pair) for pair in zip(*of_ranks, strict=True))

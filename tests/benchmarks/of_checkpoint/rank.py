@@ -1,7 +1,12 @@
-"""What a rank of `mneme bench checkpoint` does: our saves and loads, and the same bytes by themselves."""
+"""What the ranks of `mneme bench checkpoint` do: our saves and loads, and the same bytes by themselves.
 
+`python -m tests.benchmarks.of_checkpoint.rank FOLDER ROUNDS` prints it as JSON.
+"""
+
+import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -16,6 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from parallel.backend.cpu import CpuBackend
+from tests.harness import run_distributed
 from train.checkpoint.commit import checkpoint_path
 from train.checkpoint.saver import CheckpointSaver
 from train.checkpoint.state import Progress, restore
@@ -73,7 +79,7 @@ def measure(rank: int, folder: Path, rounds: int) -> tuple[int, Seconds]:
 
     def saver(asynchronous: bool) -> CheckpointSaver:
         config = SimpleNamespace(
-            checkpoint=CheckpointConfig(asynchronous=asynchronous, keep_last=1)
+            checkpoint=CheckpointConfig(asynchronous=asynchronous, keep_last=9)
         )
         training = SimpleNamespace(
             config=config,
@@ -100,9 +106,9 @@ def measure(rank: int, folder: Path, rounds: int) -> tuple[int, Seconds]:
         for path in checkpoint_path(folder, step + 1).rglob("*"):
             drop(path)
         timed("load", lambda: load(folder, model, engine))
-    dist.barrier()
-    if rank == 0:
-        shutil.rmtree(folder / "checkpoints")
+        dist.barrier()
+        if rank == 0:
+            shutil.rmtree(folder / "checkpoints")
     return engine.num_bytes * dist.get_world_size(), found
 
 
@@ -142,3 +148,8 @@ def drop(path: Path) -> None:
         with path.open("rb") as stream:
             os.fsync(stream.fileno())
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+if __name__ == "__main__":
+    answers = run_distributed(measure, 2, Path(sys.argv[1]), int(sys.argv[2]), timeout=600.0)
+    sys.stdout.write(json.dumps(answers))
