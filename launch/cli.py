@@ -14,6 +14,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import NoReturn
 
+from launch.checkpoint_command import add_checkpoint_actions
 from launch.data_command import add_data_actions
 from launch.doctor.command import add_doctor_options
 from train.lifetime import import_torch_alone
@@ -30,8 +31,6 @@ _COMMANDS = (
 _NOT_YET = {
     "plan": "check a layout and predict memory, speed and cost",
     "launch": "submit to Slurm, Kubernetes, Kubeflow or Volcano",
-    "checkpoint inspect": "list tensors",
-    "checkpoint verify": "check hashes",
 }
 
 
@@ -107,7 +106,6 @@ def _build_parser() -> argparse.ArgumentParser:
 
     _add_recipes_and_runs(add)
     _add_tools(add)
-    _add_checkpoint(add)
     return parser
 
 
@@ -134,6 +132,7 @@ def _add_recipes_and_runs(add: _Add) -> None:
 
 def _add_tools(add: _Add) -> None:
     add_data_actions(add(_data, "make shards to train on, check and count them"))
+    add_checkpoint_actions(add(_checkpoint, "look into checkpoints, check and convert them"))
     command = add(_parity, "compare layouts with one rank, gradient by gradient")
     _add_recipe(command)
     command.add_argument(
@@ -165,25 +164,6 @@ def _add_tools(add: _Add) -> None:
     command.add_argument("runs", metavar="RUN", nargs="+", type=Path)
     command.add_argument("-o", "--output", type=Path, default=Path("report"))
     add_doctor_options(add(_doctor, "check environment, backends and collectives of this machine"))
-
-
-def _add_checkpoint(add: _Add) -> None:
-    command = add(_checkpoint, "to and from Hugging Face folders")
-    actions = command.add_subparsers(metavar="ACTION", required=True, dest="action")
-    purpose = "make a run that starts from the weights of a folder of safetensors"
-    action = actions.add_parser("import-hf", help=purpose, description=purpose, allow_abbrev=False)
-    action.add_argument("source", metavar="SOURCE", type=Path, help="folder with config.json")
-    action.add_argument("destination", metavar="DESTINATION", type=Path, help="new run directory")
-    action.add_argument("--recipe", help="what to train them with; default: say so on resume")
-    _add_overrides(action)
-    purpose = "write a checkpoint as a folder that transformers loads"
-    action = actions.add_parser("export-hf", help=purpose, description=purpose, allow_abbrev=False)
-    action.add_argument(
-        "source", metavar="SOURCE", type=Path, help="run directory, or one checkpoint of it"
-    )
-    action.add_argument("destination", metavar="DESTINATION", type=Path, help="new folder")
-    action.add_argument("--dtype", choices=["bf16", "fp32"], help="default: as it is stored")
-    action.add_argument("--max-shard-size", default="5GB", help="of a file (default: 5GB)")
 
 
 def _add_recipe(command: argparse.ArgumentParser) -> None:
@@ -263,18 +243,9 @@ def _data(options: argparse.Namespace) -> int:
 
 
 def _checkpoint(options: argparse.Namespace) -> int:
-    from launch import checkpoint  # noqa: PLC0415
+    from launch.checkpoint_command import run_checkpoint  # noqa: PLC0415
 
-    if options.action == "import-hf":
-        return checkpoint.import_hf(
-            options.source, options.destination, recipe=options.recipe, overrides=options.overrides
-        )
-    return checkpoint.export_hf(
-        options.source,
-        options.destination,
-        dtype=options.dtype,
-        max_shard_size=options.max_shard_size,
-    )
+    return run_checkpoint(options)
 
 
 def _parity(options: argparse.Namespace) -> int:

@@ -24,7 +24,7 @@ from launch.run_dir import (
 from launch.runs import next_token_loss, read_metrics, read_status
 from launch.schema import flatten, show
 from parallel.config import BackendName
-from train.checkpoint.commit import holds_only_weights, newest_checkpoint
+from train.checkpoint.commit import choose, holds_only_weights
 from train.checkpoint.geometry import FRESH, differences, recipe_geometry, refusal
 from train.config import RunConfig
 from train.recipe import load_resolved
@@ -82,7 +82,8 @@ def resume(run_dir: Path, overrides: Sequence[str]) -> int:
     with held(run_dir):  # refused here if another launcher has it
         pass
     before = load_resolved(run_dir / "recipe.yaml")
-    newest = newest_checkpoint(run_dir)
+    choice = choose(run_dir)
+    newest = choice.newest
     begun = newest is None or not holds_only_weights(newest[1])
     asked = _with_fresh_tables_spent(before, newest)
     config = change(asked, overrides, _changeable(asked, overrides, begun=begun))
@@ -99,6 +100,8 @@ def resume(run_dir: Path, overrides: Sequence[str]) -> int:
             f"  mneme resume {run_dir} train.steps={2 * step}"
         )
         return 0
+    for skipped in (*choice.damaged, *choice.leftovers):
+        print(f"skipped {skipped}")
     print(f"{run_dir}: continuing after step {step} of {config.train.steps}")
     for line in _differences(before, config):
         print(f"  {line}")

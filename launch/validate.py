@@ -49,6 +49,7 @@ _MAY_BE_ZERO = {
     "optim.beta1",
     "optim.beta2",
     "train.seed",
+    "checkpoint.keep_every_steps",
     "evaluate.every_steps",
     "evaluate.num_questions",
     "monitor.residual_every_steps",
@@ -361,6 +362,15 @@ def _data(config: RunConfig) -> Problems:
     yield from data_problems(config.data)
 
 
+def _checkpoints(config: RunConfig) -> Problems:
+    every, kept = config.checkpoint.every_steps, config.checkpoint.keep_every_steps
+    if kept % every:
+        yield (
+            f"checkpoint.keep_every_steps={kept}: must be a multiple of checkpoint.every_steps={every}; "
+            f"use {_list(_multiples(kept, every))}, or 0 to keep none"
+        )
+
+
 def _evaluation(config: RunConfig) -> Problems:
     number, data = config.evaluate.num_sequences, _DataRanks(config)
     if config.evaluate.every_steps and number % data.size:
@@ -436,6 +446,7 @@ _RULES: list[Rule] = [
     _lanes,
     _sources,
     _data,
+    _checkpoints,
     _evaluation,
     _questions,
     _alarms,

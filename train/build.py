@@ -101,6 +101,8 @@ def build(config: RunConfig) -> Training:
         engine = fully_sharded_engine(config, model, meshes, sum_dtype(backend))
     for stage in model.stages:
         compress_memory_keys(stage, config.data)
+    # For threads that save while training goes on: no two may use one group.
+    save_group = dist.new_group(backend="gloo")
     memory = None
     if tables_in_host_memory(config):
         memory = build_memory(
@@ -123,14 +125,19 @@ def build(config: RunConfig) -> Training:
         data_rank=layout.data_rank(dist.get_rank()),
         data_size=layout.data_parallel_size,
         memory=memory,
-        tables=build_table_checkpoint(config, meshes, model, memory),
+        save_group=save_group,
+        tables=build_table_checkpoint(config, meshes, model, memory, save_group),
     )
     training.monitors.extend(build_monitors(training))
     return training
 
 
 def build_table_checkpoint(
-    config: RunConfig, meshes: Meshes, model: RankModel, memory: HostMemory | None
+    config: RunConfig,
+    meshes: Meshes,
+    model: RankModel,
+    memory: HostMemory | None,
+    save_group: dist.ProcessGroup,
 ) -> TableCheckpoint | None:
     """What saves and restores Engram's tables; None if the model has none."""
     if config.model.engram is None:
@@ -141,6 +148,7 @@ def build_table_checkpoint(
         memory,
         rank=meshes.stage.get_local_rank(),
         ranks=meshes.stage.size(),
+        save_group=save_group,
     )
 
 

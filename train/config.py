@@ -133,6 +133,13 @@ class CheckpointConfig:
     """Steps between saves; the last step is always saved."""
     keep_last: int = 2
     """Complete checkpoints that stay on disk; older ones are removed after a newer one is whole."""
+    keep_every_steps: int = 0
+    """Checkpoints of multiples of this step stay for good, too; 0: none. A multiple of `every_steps`."""
+    asynchronous: bool = True
+    """Write behind the next steps, from a copy of the state: a save holds training up while that is
+    made, and needs as much host memory as the rank's share of the state. It is on disk some steps later;
+    the next save, and a run that ends or is asked to stop, wait for it. false: the step waits. With
+    `parallel.data_engine=deepspeed` training also waits until the shards were gathered."""
     unfit_tables: UnfitTables = "refuse"
     """What to do where a run resumes and the checkpoint's Engram tables are not those of the recipe:
     refuse, or keep everything else and start fresh tables in host memory, at zero. Tables that fit are
