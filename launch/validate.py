@@ -11,6 +11,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from data.rules import problems as data_problems
+from launch.node_rules import problems as node_problems
 from launch.schema import without
 from parallel.layout import ParallelLayout
 from parallel.runs import length_problem
@@ -58,6 +59,7 @@ _MAY_BE_ZERO = {
     "model.hyper_connection.gate_init",
     "model.hyper_connection.phi_init_std",
     "model.hyper_connection.residual_bias_init",
+    "launch.max_restarts_without_progress",
 }
 
 _BELOW_ONE = ("optim.beta1", "optim.beta2", "optim.momentum")
@@ -379,6 +381,10 @@ def _schedule(config: RunConfig) -> Problems:
         )
 
 
+def _nodes(config: RunConfig) -> Problems:
+    yield from node_problems(config)
+
+
 def _stages(config: RunConfig) -> Problems:
     yield from problems(config)
 
@@ -390,6 +396,7 @@ def _pipeline(config: RunConfig) -> Problems:
 _RULES: list[Rule] = [
     _name,
     _layout,
+    _nodes,
     _sequences,
     _kernels,
     _data_engine,
