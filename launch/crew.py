@@ -75,7 +75,9 @@ class Link:
 class Crew:
     """The other nodes, as node 0 sees them; a run on one node has none."""
 
-    def __init__(self, node: Node, *, address: tuple[str, int] | None = None, run: str = "") -> None:
+    def __init__(
+        self, node: Node, *, address: tuple[str, int] | None = None, run: str = ""
+    ) -> None:
         """Open the port to which the other nodes come.
 
         Args:
@@ -208,7 +210,9 @@ class Crew:
     def _admit(self, link: Link, hello: Message) -> None:
         number = hello.get("node")
         if hello.get("run") != self._run:
-            link.say(refused="it runs another recipe.yaml; start all nodes with the same run directory")
+            link.say(
+                refused="it runs another recipe.yaml; start all nodes with the same run directory"
+            )
         elif not isinstance(number, int) or not 0 < number < self.node.count:
             link.say(refused=f"nodes of this run are 0 to {self.node.count - 1}, not {number}")
         else:
@@ -221,12 +225,13 @@ class Crew:
 class Leader:
     """Node 0, as another node sees it."""
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: Link, heard: list[Message]) -> None:
         self._link = link
         self._orders: list[Message] = []
         self._ended = False
         self._stop: str | None = None
         self._passed_on = False
+        self._take(heard)
 
     def next_order(self, signals: StopSignals) -> Message | None:
         """Wait for `{attempt, port}` or `{leave}`; None: node 0 is gone."""
@@ -259,7 +264,10 @@ class Leader:
             self._passed_on = True
 
     def _look(self) -> None:
-        for message in self._link.hear():
+        self._take(self._link.hear())
+
+    def _take(self, heard: list[Message]) -> None:
+        for message in heard:
             self._stop = self._stop or message.get("stop")
             self._ended = self._ended or "end" in message
             if "attempt" in message or "leave" in message:
@@ -286,7 +294,7 @@ def join(
             if answers:
                 if refused := answers[0].get("refused"):
                     raise ValueError(f"--endpoint {address[0]}:{address[1]}: {refused}")
-                return Leader(link)
+                return Leader(link, answers[1:])
         time.sleep(_RETRY_SECONDS)
     return None
 

@@ -8,12 +8,19 @@ newest checkpoint: `launch.restarts` says when that makes sense.
 import os
 import sys
 import time
-from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from launch.attempt import POLL_SECONDS, Attempt, StopSignals, Verdict, failed, run_attempt
-from launch.crew import Crew
+from launch.attempt import (
+    POLL_SECONDS,
+    Attempt,
+    StopSignals,
+    Verdict,
+    failed,
+    run_attempt,
+    wait_until,
+)
+from launch.crew import LOST_EXIT_CODE, Crew
 from launch.progress import ProgressLine
 from launch.ranks import Node, reserved_port
 from launch.restarts import Restart, Restarts
@@ -46,125 +53,115 @@ def run_ranks(run_dir: Path, config: RunConfig, *, module: str = "train.run") ->
     if LAUNCHER_PID in os.environ:
         die_with_parent()  # a study started us
     with held(run_dir), StopSignals() as signals, Crew(Node(ranks=world_size(config))) as crew:
-        return lead(run_dir, config, crew, signals, module=module).exit_code
+        run = Run(run_dir=run_dir, config=config, module=module, crew=crew, signals=signals)
+        return lead(run).exit_code
 
 
-def lead(
-    run_dir: Path,
-    config: RunConfig,
-    crew: Crew,
-    signals: StopSignals,
-    *,
-    module: str,
-    interrupted_code: int = 1,
-) -> Verdict:
-    """Run all nodes, this one being node 0, to the end of the run; `run_dir` is held.
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run that this process leads, being node 0; `run_dir` is held."""
+
+    run_dir: Path
+    config: RunConfig
+    """The recipe that lies in `run_dir`."""
+    module: str
+    """What a rank runs, as `python -m MODULE RUN_DIR`."""
+    crew: Crew
+    signals: StopSignals
+
+    @property
+    def num_ranks(self) -> int:
+        """On all nodes."""
+        return self.crew.node.ranks * self.crew.node.count
+
+    def stop_requested(self) -> str | None:
+        """Name of the signal that any node was sent."""
+        return self.signals.requested or self.crew.stop_requested()
+
+    def write_status(self, state: str, reason: str) -> None:
+        """Replace `status.json`."""
+        write_status(self.run_dir, state=state, reason=reason, ranks=self.num_ranks)
+
+
+def lead(run: Run, *, interrupted_code: int = 1) -> Verdict:
+    """Attempt after attempt on all nodes, until one ends in a way that another would not change.
 
     Args:
-        run_dir: holds the `recipe.yaml` that the ranks read.
-        config: the same recipe.
-        crew: the other nodes.
-        signals: stop requests to this process.
-        module: what a rank runs.
+        run: what to run.
         interrupted_code: exit code if it was asked to stop and failed to save.
     """
-    restarts = Restarts(run_dir, config.launch.max_restarts_without_progress)
+    restarts = Restarts(run.run_dir, run.config.launch.max_restarts_without_progress)
     while True:
         restarts.begin()
-        verdict = _assemble(run_dir, config, crew, signals)
-        if verdict is None:
-            verdict = _attempt(run_dir, config, crew, signals, restarts.newest_step, module)
-            restart = None
-            if verdict.state == "failed" and _is_asked_to_stop(signals, crew):
-                verdict = replace(verdict, exit_code=interrupted_code)
-            elif verdict.state == "failed" and (restart := restarts.after(verdict)) is None:
-                verdict = _final(verdict, restarts)
-            if restart is not None:
-                _announce(run_dir, verdict, restart, config)
-                _wait(restart.pause_seconds, signals, crew)
+        verdict = _assemble(run) or _attempt(run, restarts.newest_step)
+        if verdict.state == "failed" and run.stop_requested():
+            verdict = replace(verdict, exit_code=interrupted_code)
+        elif verdict.state == "failed" and verdict.exit_code != LOST_EXIT_CODE:
+            if restart := restarts.after(verdict):
+                _announce(run, verdict, restart)
+                wait_until(lambda: run.stop_requested() is not None, restart.pause_seconds)
                 continue
+            verdict = _final(verdict, restarts)
         break
-    ranks = crew.node.ranks * crew.node.count
-    write_status(run_dir, state=verdict.state, reason=verdict.reason, ranks=ranks)
-    crew.dismiss(verdict.exit_code)
+    run.write_status(verdict.state, verdict.reason)
+    run.crew.dismiss(verdict.exit_code)
     if verdict.state == "failed":
         print(verdict.reason, file=sys.stderr)
     return verdict
 
 
-def _assemble(
-    run_dir: Path, config: RunConfig, crew: Crew, signals: StopSignals
-) -> Verdict | None:
+def _assemble(run: Run) -> Verdict | None:
     """Wait until all nodes are there; a verdict: there will be no attempt."""
-    seconds = config.launch.join_deadline_seconds
+    seconds = run.config.launch.join_deadline_seconds
     deadline = time.monotonic() + seconds
     waiting: list[int] = []
-    while not _is_asked_to_stop(signals, crew):
-        missing = crew.missing()
+    while run.stop_requested() is None:
+        missing = run.crew.missing()
         if not missing:
             return None
         nodes = f"node{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))}"
         if time.monotonic() > deadline:
-            return replace(
-                failed(
-                    f"{nodes} did not come within {seconds:g} s; raise launch.join_deadline_seconds "
-                    "if they take longer to start"
-                ),
-                exit_code=LOST_EXIT_CODE,
-            )
+            late = f"{nodes} did not come within {seconds:g} s (launch.join_deadline_seconds)"
+            return replace(failed(late), exit_code=LOST_EXIT_CODE)
         if missing != waiting:
             print(f"waiting for {nodes} ...", flush=True)
-            ranks = crew.node.ranks * crew.node.count
-            write_status(run_dir, state="running", reason=f"waiting for {nodes}", ranks=ranks)
+            run.write_status("running", f"waiting for {nodes}")
             waiting = missing
         time.sleep(POLL_SECONDS)
-    asked = signals.requested or crew.stop_requested()
-    reason = f"stopped on {asked} between two attempts; nothing was trained since the last checkpoint"
+    reason = f"stopped on {run.stop_requested()} before an attempt; there was nothing to save"
     return Verdict(state="stopped", reason=reason, exit_code=STOPPED_EXIT_CODE)
 
 
-def _attempt(
-    run_dir: Path,
-    config: RunConfig,
-    crew: Crew,
-    signals: StopSignals,
-    first_step: int,
-    module: str,
-) -> Verdict:
-    """Run one attempt on all nodes."""
-    node, number = crew.node, next_attempt(run_dir)
-    ranks = node.ranks * node.count
-    line = ProgressLine(run_dir, steps=config.train.steps, first_step=first_step, ranks=ranks)
-    with ExitStack() as stack:
-        port = stack.enter_context(reserved_port("" if node.count > 1 else "127.0.0.1"))
+def _attempt(run: Run, first_step: int) -> Verdict:
+    """Run one attempt on all nodes, with a new number and a new port."""
+    run_dir, node, number = run.run_dir, run.crew.node, next_attempt(run.run_dir)
+    steps = run.config.train.steps
+    line = ProgressLine(run_dir, steps=steps, first_step=first_step, ranks=run.num_ranks)
+    with reserved_port("" if node.count > 1 else "127.0.0.1") as port:
         attempt = Attempt(
             run_dir=run_dir,
-            config=config,
-            module=module,
+            config=run.config,
+            module=run.module,
             number=number,
             node=node,
-            endpoint=f"{crew.host}:{port}",
+            endpoint=f"{run.crew.host}:{port}",
         )
         attempt.logs.mkdir(parents=True)
-        write_status(run_dir, state="running", reason=f"attempt {number}", ranks=ranks)
-        stack.enter_context(line)
-        crew.begin(number, port)
-        own = run_attempt(attempt, signals, crew, line.say)
-        return crew.combine(own, signals)
+        run.write_status("running", f"attempt {number}")
+        with line:
+            run.crew.begin(number, port)
+            own = run_attempt(attempt, run.signals, run.crew, line.say)
+            return run.crew.combine(own, run.signals)
 
 
-def _is_asked_to_stop(signals: StopSignals, crew: Crew) -> bool:
-    return signals.requested is not None or crew.stop_requested() is not None
-
-
-def _announce(run_dir: Path, verdict: Verdict, restart: Restart, config: RunConfig) -> None:
+def _announce(run: Run, verdict: Verdict, restart: Restart) -> None:
     """Say on the console and in `events.jsonl` why and from where the run starts again."""
-    limit = config.launch.max_restarts_without_progress
+    limit = run.config.launch.max_restarts_without_progress
     after = f"from step {restart.after_step}" if restart.after_step else "from the beginning"
     what = f"restart {restart.count} of {limit} without a new checkpoint, {after}"
     print(f"{verdict.reason}\n{what}, in {restart.pause_seconds:g} s", flush=True)
     append_event(
-        run_dir,
+        run.run_dir,
         step=restart.after_step,
         rank=verdict.rank or 0,
         event="restart",
@@ -172,18 +169,12 @@ def _announce(run_dir: Path, verdict: Verdict, restart: Restart, config: RunConf
     )
 
 
-def _wait(seconds: float, signals: StopSignals, crew: Crew) -> None:
-    """Wait, but not any longer after a stop request."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and not _is_asked_to_stop(signals, crew):
-        time.sleep(POLL_SECONDS)
-
-
 def _final(verdict: Verdict, restarts: Restarts) -> Verdict:
     """The verdict on a run that is not started again."""
     if restarts.refused_input:
         return replace(verdict, exit_code=WRONG_INPUT_EXIT_CODE)
     if restarts.limit:
-        spent = f"gave up after {restarts.limit} restarts in a row without a new checkpoint"
+        times = f"{restarts.limit} restart{'s' if restarts.limit > 1 else ''}"
+        spent = f"gave up after {times} in a row without a new checkpoint"
         return replace(verdict, reason=f"{verdict.reason}\n{spent}")
     return verdict

@@ -11,11 +11,12 @@ import argparse
 import hashlib
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from launch.attempt import Attempt, StopSignals, run_attempt
 from launch.crew import LOST_EXIT_CODE, Crew, Leader, join
-from launch.local import lead
+from launch.local import Run, lead
 from launch.ranks import Node
 from launch.run_dir import RunDirError, held, write_environment, write_recipe
 from launch.start import obstacles
@@ -23,7 +24,6 @@ from launch.validate import world_size
 from train.config import RunConfig
 from train.recipe import load_resolved
 from train.stop import STOPPED_EXIT_CODE, WRONG_INPUT_EXIT_CODE
-
 
 _NUMBERS = ("SLURM_NODEID", "PET_NODE_RANK", "VC_TASK_INDEX", "JOB_COMPLETION_INDEX")
 """Environment variables by which Slurm, Kubeflow, Volcano and Kubernetes number the nodes."""
@@ -39,31 +39,39 @@ def main() -> int:
         return WRONG_INPUT_EXIT_CODE
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Place:
+    """This node and how it finds the others."""
+
+    run_dir: Path
+    recipe: Path
+    config: RunConfig
+    module: str
+    node: Node
+    address: tuple[str, int]
+    """Of node 0."""
+
+    @property
+    def run(self) -> str:
+        """What all nodes have in common."""
+        return hashlib.sha256(self.recipe.read_bytes()).hexdigest()
+
+
 def _run(options: argparse.Namespace) -> int:
-    run_dir: Path = options.run_dir
-    recipe: Path = options.recipe or run_dir / "recipe.yaml"
+    recipe: Path = options.recipe or options.run_dir / "recipe.yaml"
     if not recipe.is_file():
         raise RunDirError(f"{recipe}: no recipe; `mneme show RECIPE > {recipe}` makes one")
     config = load_resolved(recipe)
-    node = _node(config, options.node)
-    address = _address(options.endpoint)
-    run = hashlib.sha256(recipe.read_bytes()).hexdigest()
+    place = _Place(
+        run_dir=options.run_dir,
+        recipe=recipe,
+        config=config,
+        module=options.module,
+        node=_node(config, options.node),
+        address=_address(options.endpoint),
+    )
     with StopSignals() as signals:
-        if node.number > 0:
-            return _follow(options, config, node, address, run, signals)
-        _prepare(run_dir, recipe, config)
-        # After a power cut the job may be here before the lock of the old node 0 has expired.
-        with held(run_dir, patience_seconds=60.0), Crew(node, address=address, run=run) as crew:
-            verdict = lead(
-                run_dir,
-                config,
-                crew,
-                signals,
-                module=options.module,
-                interrupted_code=LOST_EXIT_CODE,
-            )
-    print(f"{run_dir}: {verdict.state}, {verdict.reason}", flush=True)
-    return verdict.exit_code
+        return _lead(place, signals) if place.node.number == 0 else _follow(place, signals)
 
 
 def _parse() -> argparse.Namespace:
@@ -103,75 +111,82 @@ def _address(endpoint: str) -> tuple[str, int]:
     return host, int(port)
 
 
-def _prepare(run_dir: Path, recipe: Path, config: RunConfig) -> None:
+def _lead(place: _Place, signals: StopSignals) -> int:
+    """Be node 0."""
+    _prepare(place)
+    # After a power cut the job may be here before the lock of the old node 0 has expired.
+    with (
+        held(place.run_dir, patience_seconds=60.0),
+        Crew(place.node, address=place.address, run=place.run) as crew,
+    ):
+        run = Run(
+            run_dir=place.run_dir,
+            config=place.config,
+            module=place.module,
+            crew=crew,
+            signals=signals,
+        )
+        verdict = lead(run, interrupted_code=LOST_EXIT_CODE)
+    print(f"{place.run_dir}: {verdict.state}, {verdict.reason}", flush=True)
+    return verdict.exit_code
+
+
+def _prepare(place: _Place) -> None:
     """Make the directory ready for ranks; refuses what cannot be trained here."""
-    inside = run_dir / "recipe.yaml"
-    if inside.is_file() and load_resolved(inside) != config:
-        raise RunDirError(f"{run_dir}: holds a run of another recipe; use another directory")
-    if problems := obstacles(config):
+    inside = place.run_dir / "recipe.yaml"
+    if inside.is_file() and load_resolved(inside) != place.config:
+        raise RunDirError(f"{place.run_dir}: holds a run of another recipe; use another directory")
+    if problems := obstacles(place.config):
         raise ValueError("\n".join(problems))
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_environment(run_dir)
-    if recipe != inside and not inside.is_file():
-        write_recipe(run_dir, config, ())
+    place.run_dir.mkdir(parents=True, exist_ok=True)
+    write_environment(place.run_dir)
+    if not inside.is_file():
+        write_recipe(place.run_dir, place.config, ())
 
 
-def _follow(
-    options: argparse.Namespace,
-    config: RunConfig,
-    node: Node,
-    address: tuple[str, int],
-    run: str,
-    signals: StopSignals,
-) -> int:
+def _follow(place: _Place, signals: StopSignals) -> int:
+    """Be another node."""
     leader = join(
-        address,
-        node,
-        run=run,
-        seconds=config.launch.join_deadline_seconds,
+        place.address,
+        place.node,
+        run=place.run,
+        seconds=place.config.launch.join_deadline_seconds,
         stopped=lambda: signals.requested is not None,
     )
-    if leader is None and signals.requested:
+    if leader is not None:
+        return _obey(leader, place, signals)
+    if signals.requested:
         return STOPPED_EXIT_CODE
-    if leader is None:
-        print(
-            f"node 0 does not answer at {options.endpoint}: start it there, with the same "
-            "RUN_DIR, or raise launch.join_deadline_seconds",
-            file=sys.stderr,
-        )
-        return LOST_EXIT_CODE
-    return _obey(leader, options, config, node, address[0], signals)
+    host, port = place.address
+    print(
+        f"node 0 does not answer at {host}:{port}: start it there, with the same RUN_DIR, or raise "
+        "launch.join_deadline_seconds",
+        file=sys.stderr,
+    )
+    return LOST_EXIT_CODE
 
 
-def _obey(
-    leader: Leader,
-    options: argparse.Namespace,
-    config: RunConfig,
-    node: Node,
-    host: str,
-    signals: StopSignals,
-) -> int:
+def _obey(leader: Leader, place: _Place, signals: StopSignals) -> int:
     """Run attempts as node 0 says."""
-    while True:
-        order = leader.next_order(signals)
-        if order is None:
-            print(f"node {node.number}: lost node 0, ended its ranks", file=sys.stderr)
-            return LOST_EXIT_CODE
+    node = place.node
+    while (order := leader.next_order(signals)) is not None:
         if "leave" in order:
             return int(order["leave"])
         attempt = Attempt(
-            run_dir=options.run_dir,
-            config=config,
-            module=options.module,
+            run_dir=place.run_dir,
+            config=place.config,
+            module=place.module,
             number=int(order["attempt"]),
             node=node,
-            endpoint=f"{host}:{order['port']}",
+            endpoint=f"{place.address[0]}:{order['port']}",
         )
         first = node.number * node.ranks
-        ranks = f"ranks {first} to {first + node.ranks - 1}"
+        ranks = f"ranks {first} to {first + node.ranks - 1}" if node.ranks > 1 else f"rank {first}"
         print(f"node {node.number}: attempt {attempt.number}, {ranks}", flush=True)
         attempt.logs.mkdir(parents=True, exist_ok=True)
         leader.report(run_attempt(attempt, signals, leader, lambda text: print(text, flush=True)))
+    print(f"node {node.number}: lost node 0, ended its ranks", file=sys.stderr)
+    return LOST_EXIT_CODE
 
 
 if __name__ == "__main__":

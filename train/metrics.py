@@ -15,7 +15,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from train.config import MonitorConfig, RunConfig
-from train.events import append_event as append_event
 
 Record = dict[str, float | int]
 

@@ -22,7 +22,7 @@ _RENDERERS: dict[Platform, Callable[[LaunchSpec], str]] = {
     "volcano": volcano.render,
 }
 _KINDS = {"k8s": "job", "kubeflow": "trainjob", "volcano": "vcjob"}
-_TOOLS: dict[Platform, str] = {platform: "kubectl" for platform in PLATFORMS} | {"slurm": "sbatch"}
+_TOOLS: dict[Platform, str] = dict.fromkeys(PLATFORMS, "kubectl") | {"slurm": "sbatch"}
 _FILE = "job.sbatch"
 
 
@@ -107,7 +107,9 @@ def _launch_pods(
     else:
         print(f"kubectl apply -f {file}  # submit it")
     print(f"  kubectl {namespace} get {_KINDS[platform]} {spec.name}   its state")
-    print(f"  kubectl {namespace} logs {_first_pod(spec, platform)}   progress, where a volume is not seen")
+    print(
+        f"  kubectl {namespace} logs {_first_pod(spec, platform)}   progress, where a volume is not seen"
+    )
     print(f"  mneme status {run_dir}   where the volume is mounted; likewise mneme logs")
     print(f"  kubectl delete -f {file}   save, and end it; apply it again to go on")
     return 0

@@ -18,13 +18,13 @@ _JOB_LABEL = "batch.kubernetes.io/job-name"
 
 def render(spec: LaunchSpec) -> str:
     """The manifests of the job."""
+    pod = pod_spec(spec, f"{spec.name}-0.{spec.name}:{PORT}") | {"subdomain": spec.name}
     job = {
         "apiVersion": "batch/v1",
         "kind": "Job",
         "metadata": metadata(spec),
-        "spec": job_spec(spec, pod_spec(spec, f"{spec.name}-0.{spec.name}:{PORT}")),
+        "spec": job_spec(spec, pod),
     }
-    job["spec"]["template"]["spec"]["subdomain"] = spec.name
     return to_text(spec, config_map(spec), _service(spec), job)
 
 

@@ -17,6 +17,12 @@ from train.events import append_event
 from train.recipe import load_resolved
 from train.stop import ALARM_EXIT_CODE, STOPPED_EXIT_CODE, WRONG_INPUT_EXIT_CODE
 
+_FINAL = {
+    0: "the run is done",
+    WRONG_INPUT_EXIT_CODE: "what the user gave cannot be used; see above",
+    ALARM_EXIT_CODE: "an alarm stopped it; see events.jsonl, then submit again",
+}
+
 
 def refusal(run_dir: Path, *, code: int, asked: bool, job: str) -> str | None:
     """Why the job is not queued again; None: it is.
@@ -27,18 +33,17 @@ def refusal(run_dir: Path, *, code: int, asked: bool, job: str) -> str | None:
         asked: whether Slurm asked the job to stop before its time limit.
         job: its id, in which earlier requeues are counted.
     """
-    if code == 0 or read_status(run_dir)["state"] == "done":
-        return "the run is done"
-    if code == WRONG_INPUT_EXIT_CODE:
-        return "what the user gave cannot be used; see above"
-    if code == ALARM_EXIT_CODE:
-        return "an alarm stopped it; see events.jsonl, then submit again"
+    state = read_status(run_dir)["state"]
+    if code in _FINAL or state == "done":
+        return _FINAL.get(code, _FINAL[0])
     if code == STOPPED_EXIT_CODE and not asked:
         return "it was stopped on request, not by the time limit; submit again to go on"
-    if code == 1 and read_status(run_dir)["state"] == "failed":
+    if code == 1 and state == "failed":
         return "the run failed; see above"
     limit = load_resolved(run_dir / "recipe.yaml").launch.max_restarts_without_progress
-    if _requeues_without_progress(run_dir, job) >= max(limit, asked):
+    if code == STOPPED_EXIT_CODE:
+        limit = max(limit, 1)  # no crash, so 0 does not forbid it
+    if _requeues_without_progress(run_dir, job) >= limit:
         return f"{limit} requeues in a row without a new checkpoint"
     return None
 
