@@ -24,6 +24,13 @@ _RENDERERS: dict[Platform, Callable[[LaunchSpec], str]] = {
 _KINDS = {"k8s": "job", "kubeflow": "trainjob", "volcano": "vcjob"}
 _TOOLS: dict[Platform, str] = dict.fromkeys(PLATFORMS, "kubectl") | {"slurm": "sbatch"}
 _FILE = "job.sbatch"
+_INDEX_0 = "batch.kubernetes.io/job-completion-index=0"
+_NODE_0 = {
+    "k8s": "batch.kubernetes.io/job-name={}," + _INDEX_0,
+    "kubeflow": "jobset.sigs.k8s.io/jobset-name={}," + _INDEX_0,
+    "volcano": "volcano.sh/job-name={},volcano.sh/task-index=0",
+}
+"""Labels of the pod of node 0."""
 
 
 def launch(options: argparse.Namespace) -> int:
@@ -77,7 +84,8 @@ def _launch_slurm(recipe: Recipe, options: argparse.Namespace, submits: bool) ->
         [
             (f"squeue --job {job}", "its place in the queue"),
             (f"scancel --batch --signal=USR1 {job}", "save now, and queue it again"),
-            (f"scancel {job}", "save, and end it"),
+            (f"scancel --signal=TERM {job}", "save now, and end it"),
+            (f"scancel {job}", "end it, without waiting long for a checkpoint"),
             (f"sbatch {file}", "go on with it later"),
         ],
     )
@@ -101,28 +109,19 @@ def _launch_pods(
         return 0
     file: Path = options.output or Path(f"{spec.name}.yaml")
     file.write_text(text, encoding="utf-8")
-    namespace = f"-n {config.cluster.namespace}"
+    kubectl = f"kubectl -n {config.cluster.namespace}"
     if submits:
         print(_submit(["kubectl", "apply", "-f", str(file)]))
-    else:
-        print(f"kubectl apply -f {file}  # submit it")
-    print(f"  kubectl {namespace} get {_KINDS[platform]} {spec.name}   its state")
-    print(
-        f"  kubectl {namespace} logs {_first_pod(spec, platform)}   progress, where a volume is not seen"
+    _print_next(
+        run_dir,
+        [
+            *([] if submits else [(f"kubectl apply -f {file}", "submit it")]),
+            (f"{kubectl} get {_KINDS[platform]} {spec.name}", "its state"),
+            (f"{kubectl} logs -f -l {_NODE_0[platform].format(spec.name)}", "progress"),
+            (f"kubectl delete -f {file}", "save, and end it; apply it again to go on"),
+        ],
     )
-    print(f"  mneme status {run_dir}   where the volume is mounted; likewise mneme logs")
-    print(f"  kubectl delete -f {file}   save, and end it; apply it again to go on")
     return 0
-
-
-def _first_pod(spec: LaunchSpec, platform: Platform) -> str:
-    label = {
-        "k8s": f"batch.kubernetes.io/job-name={spec.name},batch.kubernetes.io/job-completion-index=0",
-        "kubeflow": f"jobset.sigs.k8s.io/jobset-name={spec.name},"
-        "batch.kubernetes.io/job-completion-index=0",
-        "volcano": f"volcano.sh/job-name={spec.name},volcano.sh/task-index=0",
-    }
-    return f"-l {label[platform]}"
 
 
 def _submit(command: list[str]) -> str:

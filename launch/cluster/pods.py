@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from launch.cluster.spec import LaunchSpec
+from launch.cluster.spec import LaunchSpec, summary
 from train.stop import ALARM_EXIT_CODE, WRONG_INPUT_EXIT_CODE
 
 Manifest = dict[str, Any]
@@ -22,8 +22,7 @@ _RECIPE_DIRECTORY = "/etc/mneme"
 
 def to_text(spec: LaunchSpec, *manifests: Manifest) -> str:
     """All manifests of a job as one YAML file for `kubectl apply -f`."""
-    ranks = f"{spec.ranks_per_node} ranks on each of {spec.nodes} nodes"
-    head = f"# {spec.recipe}: {ranks}. Written by `mneme launch`.\n# The run: {spec.run_dir}\n"
+    head = f"# {summary(spec)}\n# The run: {spec.run_dir}\n"
     return head + yaml.safe_dump_all(manifests, sort_keys=False, width=100)
 
 

@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 
-from launch.cluster.spec import LaunchSpec
+from launch.cluster.spec import LaunchSpec, summary
 
 _BODY = """\
 # The node of this script is node 0; the others find it here.
@@ -43,8 +43,7 @@ def render(spec: LaunchSpec) -> str:
     cpus = spec.cluster.cpus_per_node
     head = [
         "#!/bin/bash",
-        f"# {spec.recipe}: {spec.ranks_per_node} ranks on each of {spec.nodes} nodes. Written by "
-        "`mneme launch`.",
+        f"# {summary(spec)}",
         "# Submitted again, it goes on from the newest checkpoint of the run.",
         *(f"#SBATCH {option}" for option in _options(spec)),
         "set -u",

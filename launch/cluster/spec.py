@@ -68,6 +68,13 @@ class LaunchSpec:
     """The resolved recipe, for nodes that cannot see the place where it was typed."""
 
 
+def summary(spec: LaunchSpec) -> str:
+    """The job in a line, for people."""
+    ranks = f"{spec.ranks_per_node} rank{'s' if spec.ranks_per_node > 1 else ''}"
+    nodes = f"each of {spec.nodes} nodes" if spec.nodes > 1 else "a node"
+    return f"{spec.recipe}: {ranks} on {nodes}. Written by `mneme launch`."
+
+
 def make_spec(config: RunConfig, run_dir: Path | str, directory: Path | str) -> LaunchSpec:
     """The job that trains a recipe for which `problems` finds nothing."""
     nodes = config.launch.nodes

@@ -135,7 +135,9 @@ class Slurm:
         key.write_bytes(os.urandom(128))
         key.chmod(0o600)
         files = {"key-file": key, "socket": self.directory / "munge.socket"}
-        files |= {f"{name}-file": self.directory / f"munge.{name}" for name in ("pid", "log", "seed")}
+        files |= {
+            f"{name}-file": self.directory / f"munge.{name}" for name in ("pid", "log", "seed")
+        }
         options = [f"--{name}={path}" for name, path in files.items()]
         self._start("munged", "--foreground", "--force", "--num-threads=2", *options)
         self.wait_for((self.directory / "munge.socket").exists, 20)

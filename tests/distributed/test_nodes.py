@@ -49,7 +49,7 @@ class Nodes:
             self.start(node, **toy)
 
     def wait_for(self, what: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 45
+        deadline = time.monotonic() + 90
         while not what():
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -69,7 +69,7 @@ class Nodes:
         return [pid for pid in self.pids().values() if is_alive(pid)]
 
     def finish(self, node: int) -> int:
-        self.output[node], _ = self.processes[node].communicate(timeout=45)
+        self.output[node], _ = self.processes[node].communicate(timeout=90)
         return self.processes[node].returncode
 
     def finish_both(self) -> tuple[int, int]:
@@ -113,6 +113,7 @@ def nodes(tmp_path: Path) -> Iterator[Nodes]:
         process.communicate()
 
 
+@pytest.mark.timeout(240)
 def test_a_stop_request_to_one_node_saves_on_all_and_the_next_start_goes_on(nodes: Nodes) -> None:
     """What torchrun loses: USR1 does not kill it, and exit code 85 comes through."""
     nodes.start_both(steps=10**6, gloo=True)
@@ -136,6 +137,7 @@ def test_a_stop_request_to_one_node_saves_on_all_and_the_next_start_goes_on(node
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(240)
 def test_a_rank_that_is_killed_on_one_node_starts_all_nodes_again(nodes: Nodes) -> None:
     nodes.start_both(steps=60, step_seconds=0.05, save_every=5, gloo=True, record=True)
     nodes.wait_for_ranks(steps=8)
@@ -152,6 +154,7 @@ def test_a_rank_that_is_killed_on_one_node_starts_all_nodes_again(nodes: Nodes) 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(240)
 def test_a_node_that_is_lost_is_waited_for(nodes: Nodes) -> None:
     nodes.start_both(steps=60, step_seconds=0.05, save_every=5, gloo=True)
     nodes.wait_for_ranks(steps=8)
@@ -167,6 +170,7 @@ def test_a_node_that_is_lost_is_waited_for(nodes: Nodes) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(240)
 def test_without_node_0_the_others_end_and_ask_to_be_started_again(nodes: Nodes) -> None:
     nodes.start_both(steps=10**6, gloo=True)
     nodes.wait_for_ranks()
@@ -178,6 +182,7 @@ def test_without_node_0_the_others_end_and_ask_to_be_started_again(nodes: Nodes)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(240)
 def test_a_node_with_another_recipe_is_refused(nodes: Nodes, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
