@@ -216,7 +216,7 @@ class ClusterConfig:
     accelerators_per_node: int = 8
     """Devices that a node has, at least `ranks / launch.nodes`; a job asks for those that it uses."""
     cpus_per_node: int | None = None
-    """Processor cores to ask for; null: what the cluster gives."""
+    """Processor cores to ask for, which Slurm has to be told; null: what the cluster gives."""
     memory_gib_per_node: int | None = None
     """Host memory to ask for; null: what the cluster gives."""
     queue: str | None = None

@@ -21,7 +21,7 @@ trap 'asked=1; scancel --signal=USR1 "$SLURM_JOB_ID"' USR1
 
 # launch.node starts the ranks of its node, and starts all again after a crash. A node that is left
 # behind is ended after a minute.
-srun --kill-on-bad-exit=0 --wait=60{cpus} \\
+srun --kill-on-bad-exit=0 --wait=60 --cpus-per-task={cpus} \\
     "$python" -m launch.node "$run" --endpoint="$head:$port" &
 step=$!
 while true; do  # a signal interrupts `wait`
@@ -40,7 +40,6 @@ exit "$code"
 
 def render(spec: LaunchSpec) -> str:
     """The text that `sbatch` takes."""
-    cpus = spec.cluster.cpus_per_node
     head = [
         "#!/bin/bash",
         f"# {summary(spec)}",
@@ -55,7 +54,7 @@ def render(spec: LaunchSpec) -> str:
         *spec.cluster.setup,
         "",
     ]
-    return "\n".join(head) + "\n" + _BODY.replace("{cpus}", f" --cpus-per-task={cpus}" * bool(cpus))
+    return "\n".join(head) + "\n" + _BODY.replace("{cpus}", str(spec.cluster.cpus_per_node))
 
 
 def _options(spec: LaunchSpec) -> Iterator[str]:
@@ -63,8 +62,7 @@ def _options(spec: LaunchSpec) -> Iterator[str]:
     yield f"--job-name={spec.name}"
     yield f"--nodes={spec.nodes}"
     yield "--ntasks-per-node=1"
-    if cluster.cpus_per_node:
-        yield f"--cpus-per-task={cluster.cpus_per_node}"
+    yield f"--cpus-per-task={cluster.cpus_per_node}"
     if cluster.memory_gib_per_node:
         yield f"--mem={cluster.memory_gib_per_node}G"
     if spec.device:

@@ -126,6 +126,11 @@ def ignored(cluster: ClusterConfig, platform: Platform) -> list[str]:
 
 
 def _slurm_problems(config: RunConfig) -> Iterator[str]:
+    if config.cluster.cpus_per_node is None:
+        yield (
+            "cluster.cpus_per_node=null: Slurm gives a node's task one core if it is not told; type "
+            "cluster.cpus_per_node=NUMBER, such as all cores of a node"
+        )
     limit = config.cluster.time_limit_minutes
     needed = config.launch.stop_deadline_seconds + _SLACK_SECONDS
     if limit * 60 <= needed:

@@ -25,6 +25,7 @@ TRAIN = [
 ]
 ON_TWO = [
     *("launch.nodes=2", "launch.stop_deadline_seconds=60", "cluster.time_limit_minutes=30"),
+    "cluster.cpus_per_node=1",
     "cluster.env.MNEME_NOTE=two words",
 ]
 

@@ -1,7 +1,10 @@
 """A run whose ranks crash is started again from its newest checkpoint, while that gets it on."""
 
 import json
+import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.launching import Launcher
+from tests.distributed.launching import ROOT, Launcher
 
 
 @pytest.fixture
@@ -101,3 +104,53 @@ def test_a_stop_request_while_waiting_to_start_again_ends_the_run(
     assert "stopped on SIGTERM before an attempt" in launcher.status["reason"]
     assert attempts(launcher) == 3
     assert launcher.alive() == []
+
+
+NANO = [
+    *("train.global_batch_size=4", "train.micro_batch_size=1", "data.sequence_length=32"),
+    *("parallel.data_parallel_size=2", "parallel.expert_parallel_size=2", "train.steps=8"),
+    *("checkpoint.every_steps=3", "evaluate.every_steps=0", "optim.warmup_steps=3"),
+    *("model.hidden_size=32", "model.num_layers=2", "model.vocab_size=512"),
+    *("monitor.wandb=false", "monitor.tensorboard=false", "launch.threads_per_rank=1"),
+]
+
+
+def numbers(run_dir: Path) -> list[tuple[int, float, float]]:
+    rows = map(json.loads, (run_dir / "metrics.jsonl").read_text().split("\n")[:-1])
+    return [(row["step"], row["loss"], row["grad_norm"]) for row in rows]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_real_run_with_a_killed_rank_is_bitwise_the_uninterrupted_one(
+    tiny_corpus: Path, tmp_path: Path
+) -> None:
+    data = [f"data.tokenizer={tiny_corpus}/tokenizer.json"]
+    data += [f"data.sources.{name}.path={tiny_corpus}/{name}" for name in ("code", "docs")]
+
+    def train(run_dir: Path) -> "subprocess.Popen[str]":
+        command = [sys.executable, "-m", "launch.cli", "train", "v4_nano", *NANO, *data]
+        return subprocess.Popen(
+            [*command, "--run-dir", str(run_dir)],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    output, _ = train(whole).communicate(timeout=200)
+    assert [step for step, *_ in numbers(whole)] == list(range(1, 9)), output
+    process = train(killed)
+    deadline = time.monotonic() + 100
+    while not (killed / "metrics.jsonl").exists() or len(numbers(killed)) < 4:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.01)
+    pids = json.loads((killed / "logs/attempt-1/pids-0.json").read_text())
+    os.kill(pids["1"], signal.SIGKILL)
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    assert "rank 1 was killed by SIGKILL" in output
+    assert "from step 3" in output
+    assert numbers(killed) == numbers(whole)
