@@ -59,7 +59,7 @@ class Launcher:
         )
 
     def wait_for(self, what: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 45
+        deadline = time.monotonic() + 100
         while not what():
             assert time.monotonic() < deadline
             assert self.process.poll() is None, self.process.communicate()[0]
@@ -79,7 +79,7 @@ class Launcher:
         return found
 
     def finish(self) -> tuple[int, str]:
-        output, _ = self.process.communicate(timeout=45)
+        output, _ = self.process.communicate(timeout=100)
         return self.process.returncode, output
 
     def alive(self, names: str = "pid-*") -> list[int]:
