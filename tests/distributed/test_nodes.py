@@ -100,7 +100,7 @@ def nodes(tmp_path: Path) -> Iterator[Nodes]:
         name="toy",
         data=DataConfig(tokenizer=str(tmp_path / "tokenizer.json")),
         parallel=ParallelConfig(data_parallel_size=4),
-        launch=LaunchConfig(nodes=2, join_deadline_seconds=30.0, stop_deadline_seconds=10.0),
+        launch=LaunchConfig(nodes=2, join_deadline_seconds=30.0, stop_deadline_seconds=60.0),
     )
     run_dir = tmp_path / "run"
     run_dir.mkdir()

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from train.checkpoint.commit import begin, commit, newest_checkpoint
+from train.checkpoint.commit import begin, checkpoint_path, commit, newest_checkpoint
 from train.checkpoint.geometry import Geometry, recipe_geometry, write_geometry
 from train.lifetime import EXIT_CODE_FILE, die_with_parent, leave
 from train.recipe import load_resolved
@@ -58,7 +58,7 @@ class Agreement:
 
 
 def save(run_dir: Path, step: int, geometry: Geometry | None) -> None:
-    if RANK == 0:
+    if RANK == 0 and not checkpoint_path(run_dir, step).exists():
         directory = begin(run_dir, step)
         (directory / "checkpoint.json").write_text("{}")
         if geometry is not None:
