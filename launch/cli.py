@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from launch.checkpoint_command import add_checkpoint_actions
+from launch.cluster.options import add_options as add_launch_options
 from launch.data_command import add_data_actions
 from launch.doctor.command import add_doctor_options
 from train.lifetime import import_torch_alone
@@ -25,12 +26,11 @@ _Run = Callable[[argparse.Namespace], int]
 _Add = Callable[[_Run, str], argparse.ArgumentParser]
 
 _COMMANDS = (
-    *("list", "show", "train", "resume", "status", "logs", "data"),
+    *("list", "show", "train", "resume", "launch", "status", "logs", "data"),
     *("parity", "bench", "dash", "ablate", "report", "checkpoint", "doctor"),
 )
 _NOT_YET = {
     "plan": "check a layout and predict memory, speed and cost",
-    "launch": "submit to Slurm, Kubernetes, Kubeflow or Volcano",
 }
 
 
@@ -122,6 +122,9 @@ def _add_recipes_and_runs(add: _Add) -> None:
     command = add(_resume, "continue a run from its newest checkpoint")
     _add_run_dir(command)
     _add_overrides(command)
+    command = add(_launch, "submit to Slurm, Kubernetes, Kubeflow or Volcano")
+    _add_recipe(command)
+    add_launch_options(command)
     command = add(_status, "state and last step of a run")
     _add_run_dir(command)
     _add_json(command)
@@ -222,6 +225,12 @@ def _resume(options: argparse.Namespace) -> int:
     from launch.start import resume  # noqa: PLC0415
 
     return resume(options.run_dir, options.overrides)
+
+
+def _launch(options: argparse.Namespace) -> int:
+    from launch.cluster.command import launch  # noqa: PLC0415
+
+    return launch(options)
 
 
 def _status(options: argparse.Namespace) -> int:

@@ -32,7 +32,7 @@ from train.recipe import load_resolved
 CHANGEABLE = (
     *("train.steps", "train.micro_batch_size"),
     *("data.num_workers", "data.prefetch_batches", "data.faults", "data.weight_schedule"),
-    *("checkpoint", "evaluate", "monitor", "launch", "parallel"),
+    *("checkpoint", "evaluate", "monitor", "launch", "cluster", "parallel"),
 )
 """What may change when a run goes on: how long and how it is run, not what is learned from what."""
 CHANGEABLE_WITH_FRESH_TABLES = (
@@ -63,7 +63,7 @@ def _prepare(recipe: Recipe, run_dir: Path | None) -> Path:
         RecipeError: the corpus is missing or does not fit.
         RunDirError: the directory is in use.
     """
-    if problems := obstacles(recipe.config):
+    if problems := [*_several_nodes(recipe.config), *obstacles(recipe.config)]:
         raise RecipeError(problems)
     path = new_run_dir(recipe.config.name, run_dir)
     write_environment(path)
@@ -87,7 +87,7 @@ def resume(run_dir: Path, overrides: Sequence[str]) -> int:
     begun = newest is None or not holds_only_weights(newest[1])
     asked = _with_fresh_tables_spent(before, newest)
     config = change(asked, overrides, _changeable(asked, overrides, begun=begun))
-    if problems := obstacles(config):
+    if problems := [*_several_nodes(config), *obstacles(config)]:
         raise RecipeError([*problems, *_started_elsewhere(run_dir)])
     if newest and config.model.engram is not None:
         found = differences(newest[1], config, recipe_geometry(config))
@@ -156,6 +156,16 @@ def obstacles(config: RunConfig) -> list[str]:
     elif name == "dry":
         problems.append(f"{where}=dry: plans only, its tensors have no memory; use auto")
     return problems
+
+
+def _several_nodes(config: RunConfig) -> list[str]:
+    """This command starts ranks on one node only."""
+    if config.launch.nodes == 1:
+        return []
+    return [
+        f"launch.nodes={config.launch.nodes}: this command runs on one node; use launch.nodes=1 to "
+        "have all ranks here, `mneme launch` for a cluster, or `python -m launch.node` on each node"
+    ]
 
 
 def _started_elsewhere(run_dir: Path) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from data.config import PAIR_TOKENS
 from data.rules import problems as data_problems
+from launch.node_rules import problems as node_problems
 from launch.schema import without
 from parallel.config import BACKENDS_WITHOUT_FP64
 from parallel.layout import ParallelLayout
@@ -63,6 +64,7 @@ _MAY_BE_ZERO = {
     "model.hyper_connection.gate_init",
     "model.hyper_connection.phi_init_std",
     "model.hyper_connection.residual_bias_init",
+    "launch.max_restarts_without_progress",
 }
 
 _BELOW_ONE = ("optim.beta1", "optim.beta2", "optim.momentum")
@@ -421,6 +423,10 @@ def _schedule(config: RunConfig) -> Problems:
         )
 
 
+def _nodes(config: RunConfig) -> Problems:
+    yield from node_problems(config)
+
+
 def _stages(config: RunConfig) -> Problems:
     yield from problems(config)
 
@@ -432,6 +438,7 @@ def _pipeline(config: RunConfig) -> Problems:
 _RULES: list[Rule] = [
     _name,
     _layout,
+    _nodes,
     _sequences,
     _backend,
     _kernels,

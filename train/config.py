@@ -206,14 +206,53 @@ class MonitorConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LaunchConfig:
-    """How ranks are started and stopped on this node."""
+    """How ranks are started, stopped, and started again."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
+    nodes: int = 1
+    """Nodes that the ranks are on, the same number on each."""
     threads_per_rank: int | None = None
     """OMP_NUM_THREADS of a rank; null: cores of the node / ranks on it, at least 1."""
     stop_deadline_seconds: float = 120.0
     """After a stop request, ranks that have not saved and left by then are killed."""
+    max_restarts_without_progress: int = 3
+    """After a crash all ranks are started again from the newest checkpoint, at most so often in a row
+    without a newer checkpoint; 0: never."""
+    join_deadline_seconds: float = 600.0
+    """How long node 0 waits for the other nodes at the start, and for one that was lost."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClusterConfig:
+    """What `mneme launch` asks a cluster for."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    accelerators_per_node: int = 8
+    """Devices that a node has, at least `ranks / launch.nodes`; a job asks for those that it uses."""
+    cpus_per_node: int | None = None
+    """Processor cores to ask for, which Slurm has to be told; null: what the cluster gives."""
+    memory_gib_per_node: int | None = None
+    """Host memory to ask for; null: what the cluster gives."""
+    queue: str | None = None
+    """Partition of Slurm, queue of Volcano; null: the cluster's default."""
+    account: str | None = None
+    """Slurm's account."""
+    time_limit_minutes: int = 1440
+    """Slurm ends a job after this; it saves before, and goes on in the next job."""
+    setup: tuple[str, ...] = ()
+    """Lines of shell before the ranks start on Slurm, such as `module load cuda`."""
+    image: str | None = None
+    """Container image for Kubernetes, Kubeflow and Volcano."""
+    namespace: str = "default"
+    """Kubernetes namespace."""
+    volume_claim: str | None = None
+    """PersistentVolumeClaim that all pods mount: corpora and runs. Has to be ReadWriteMany."""
+    volume_path: str = "/data"
+    """Where pods mount it. Relative paths of the recipe are below it."""
+    env: dict[str, str] = field(default_factory=dict)
+    """Environment variables of all ranks."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -235,3 +274,4 @@ class RunConfig:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)

@@ -21,8 +21,9 @@ from train.checkpoint.state import Progress, restore
 from train.config import RunConfig
 from train.end_step import end_step
 from train.evaluate import evaluate
+from train.events import append_event
 from train.memory import HostMemory
-from train.metrics import MetricsLog, Record, append_event, open_sinks
+from train.metrics import MetricsLog, Record, open_sinks
 from train.monitor.alarms import Alarms
 from train.stages import Phase, phases
 from train.step import train_step
