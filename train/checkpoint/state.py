@@ -29,7 +29,7 @@ from train.checkpoint.commit import Choice, choose, clean_up, holds_only_weights
 from train.checkpoint.files import ParallelReader
 from train.checkpoint.tables import TableCheckpoint
 from train.engine import DataEngine
-from train.metrics import append_event
+from train.events import append_event
 from train.rank_model import RankModel
 
 FORMAT_VERSION = 2
