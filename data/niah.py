@@ -100,7 +100,7 @@ def build_niah(corpus: Path, shape: NiahShape | None = None, *, seed: int = 0) -
 
 
 def read_alphabet(tokenizer: Path, words: int) -> Alphabet:
-    """Marks, keys and values: the most frequent words with a space before them.
+    """Marks, keys and values: the rarest words with a space before them, which text seldom holds.
 
     Raises:
         ValueError: the tokenizer has too few words of one token, or no token for a mark.
@@ -112,7 +112,7 @@ def read_alphabet(tokenizer: Path, words: int) -> Alphabet:
         for token, text in enumerate(decoded_tokens(tokenizer))
         if text[:1] == " " and text[1:].isascii() and text[1:].islower() and text[1:].isalpha()
         if len(text) > _SHORTEST_WORD
-    ][: 2 * words]
+    ][-2 * words :]  # the vocabulary was learnt from frequent to rare
     if len(found) < 2 * words or any(len(mark) != PAIR_TOKENS - 2 for mark in marks):
         raise ValueError(
             f"{tokenizer}: has {len(found)} words of one token, or joins a line break and a mark; "

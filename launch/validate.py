@@ -386,6 +386,11 @@ def _questions(config: RunConfig) -> Problems:
     """Answers are looked up in whole sequences and a whole vocabulary, by the rank that has the model."""
     path = f"evaluate.num_questions={config.evaluate.num_questions}"
     if not config.evaluate.num_questions:
+        if config.train.answers_only:
+            yield (
+                f"{path}: train.answers_only=true leaves nothing to learn; use as many as the documents "
+                "ask, such as evaluate.num_questions=4"
+            )
         return
     for axis in ("tensor", "context", "pipeline"):
         if (size := getattr(config.parallel, f"{axis}_parallel_size")) > 1:

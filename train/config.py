@@ -119,6 +119,9 @@ class TrainConfig:
     recompute: Recompute = "none"
     """What the backward pass computes again instead of keeping it: nothing; the residual streams of
     mHC, from every few blocks' first and the sub-layers' outputs; or every block, in full."""
+    answers_only: bool = False
+    """Learn nothing but the answers to `evaluate.num_questions` questions, of documents of `mneme data
+    build niah`: the text around them is read and not predicted."""
     deterministic: bool = True
     """Refuse operations whose result depends on timing."""
 

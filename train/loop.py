@@ -25,6 +25,7 @@ from train.events import append_event
 from train.memory import HostMemory
 from train.metrics import MetricsLog, Record, open_sinks
 from train.monitor.alarms import Alarms
+from train.recall import learned
 from train.stages import Phase, phases
 from train.step import train_step
 from train.stop import StopRequest
@@ -62,7 +63,7 @@ def train(config: RunConfig, run_dir: Path, stop: StopRequest) -> int:
             fetched = time.perf_counter()
             step = progress.step + 1
             take_sent()  # what came between two steps belongs to none
-            record = train_step(training, batch, step)
+            record = train_step(training, learned(config, batch), step)
             sent = take_sent()
             tokens = progress.tokens + phase.tokens_per_step
             progress = Progress(step=step, tokens=tokens, data_state=data_state)

@@ -1,6 +1,10 @@
-"""How many needles a model finds in held-out documents of `data.niah`; called by `train.evaluate`."""
+"""Answers to the questions of `data.niah`: how many a model finds, and learning nothing else.
+
+Called by `train.evaluate` and `train.loop`.
+"""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Bool, Float
@@ -8,6 +12,8 @@ from torch import Tensor
 
 from data.config import PAIR_TOKENS
 from data.loader import Batch
+from data.packing import IGNORED_LABEL
+from train.config import RunConfig
 from train.metrics import Record
 from train.microbatches import run_stage
 from train.model.transformer import TransformerOutput
@@ -32,6 +38,14 @@ def answer_places(batch: Batch, num_questions: int) -> Bool[Tensor, "sequences s
         back = 2 + PAIR_TOKENS * question
         places[:, : labels.shape[1] - back] |= ends[:, back:]
     return places & ~no_label
+
+
+def learned(config: RunConfig, batch: Batch) -> Batch:
+    """What is learned of a batch: everything, or with `train.answers_only` no label but the answers."""
+    if not config.train.answers_only:
+        return batch
+    places = answer_places(batch, config.evaluate.num_questions)
+    return replace(batch, labels=batch.labels.masked_fill(~places, IGNORED_LABEL))
 
 
 @torch.no_grad()

@@ -292,6 +292,11 @@ def test_the_quick_start_is_valid(nano: RunConfig) -> None:
             "parallel.context_parallel_size=2; use 1, or evaluate.num_questions=0",
         ),
         (
+            {"train__answers_only": True},
+            "evaluate.num_questions=0: train.answers_only=true leaves nothing to learn",
+            "such as evaluate.num_questions=4",
+        ),
+        (
             {"evaluate__num_questions": 64},
             "evaluate.num_questions=64: a sequence of data.sequence_length=256 holds 63 at most",
             "use 63 or fewer",

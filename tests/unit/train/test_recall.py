@@ -1,5 +1,7 @@
 """Answers of needles in haystacks: where they are, and how many are found."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,8 @@ import torch
 from data.content import Content, Piece
 from data.niah import Alphabet, NiahShape, niah_document
 from data.packing import Batch, PackingRules, pack
-from train.recall import answer_places, recall_record
+from train.config import EvaluateConfig, RunConfig, TrainConfig
+from train.recall import answer_places, learned, recall_record
 
 SHAPE = NiahShape(tokens=30, needles=3, words=6)
 ALPHABET = Alphabet(
@@ -58,6 +61,18 @@ def test_a_document_that_is_cut_loses_only_what_is_cut_off() -> None:
     # Of the first document tokens 22 to 29 are left: two of its three questions.
     assert torch.equal(answer_places(cut, 3), answer_places(whole, 3)[:, 22:])
     assert answer_places(cut, 3).sum() == 5
+
+
+def test_nothing_but_the_answers_is_learned() -> None:
+    batch = packed(60)
+    config = RunConfig(name="r", evaluate=EvaluateConfig(num_questions=2))
+    assert learned(config, batch) is batch
+    config = replace(config, train=TrainConfig(answers_only=True))
+    labels = learned(config, batch).labels
+    places = answer_places(batch, 2)
+    assert torch.equal(labels[places], batch.labels[places])
+    assert (labels[~places] == -100).all()
+    assert (batch.labels >= 0).sum() > places.sum()  # the batch itself is as it was
 
 
 def test_averages() -> None:
