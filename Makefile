@@ -38,6 +38,7 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/hadolint docker/Dockerfile.*
 
 bench: install
 	$(BIN)/mneme bench cli

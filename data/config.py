@@ -5,6 +5,9 @@ from typing import ClassVar, Literal
 
 from pydantic import ConfigDict
 
+PAIR_TOKENS = 4
+"""Of a needle or a question in documents of `data.niah`: a line break, a mark, the key, the value."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceConfig:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -43,6 +44,17 @@ class Batch:
     def packing_efficiency(self) -> float:
         """Share of the tokens that is not padding."""
         return sum(self.source_tokens) / self.input_ids.numel()
+
+    @property
+    def checksum(self) -> int:
+        """Sum of a CRC-32 of each sequence's tokens and labels.
+
+        So the parts of a batch add up to that of the whole, and two runs that trained on the same
+        sequences can be told from their records. Below 2 ** 53, where fp64 is exact, for up to two
+        million sequences. Pixels are left out.
+        """
+        pairs = zip(self.input_ids.numpy(), self.labels.numpy(), strict=True)
+        return sum(crc32(labels, crc32(tokens)) for tokens, labels in pairs)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

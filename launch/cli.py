@@ -14,7 +14,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import NoReturn
 
+from launch.checkpoint_command import add_checkpoint_actions
+from launch.cluster.options import add_options as add_launch_options
 from launch.data_command import add_data_actions
+from launch.doctor.command import add_doctor_options
+from train.lifetime import import_torch_alone
 
 WRONG_INPUT = 2
 
@@ -22,21 +26,18 @@ _Run = Callable[[argparse.Namespace], int]
 _Add = Callable[[_Run, str], argparse.ArgumentParser]
 
 _COMMANDS = (
-    *("list", "show", "train", "resume", "status", "logs", "data"),
-    *("parity", "bench", "dash", "ablate", "report", "checkpoint"),
+    *("list", "show", "train", "resume", "launch", "status", "logs", "data"),
+    *("parity", "bench", "dash", "ablate", "report", "checkpoint", "doctor"),
 )
 _NOT_YET = {
     "plan": "check a layout and predict memory, speed and cost",
-    "launch": "submit to Slurm, Kubernetes, Kubeflow or Volcano",
-    "checkpoint inspect": "list tensors",
-    "checkpoint verify": "check hashes",
-    "doctor": "check environment, backends and collectives",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    import_torch_alone()
     try:
         _refuse_unknown(arguments)
         options = _parse(arguments)
@@ -105,7 +106,6 @@ def _build_parser() -> argparse.ArgumentParser:
 
     _add_recipes_and_runs(add)
     _add_tools(add)
-    _add_checkpoint(add)
     return parser
 
 
@@ -122,6 +122,9 @@ def _add_recipes_and_runs(add: _Add) -> None:
     command = add(_resume, "continue a run from its newest checkpoint")
     _add_run_dir(command)
     _add_overrides(command)
+    command = add(_launch, "submit to Slurm, Kubernetes, Kubeflow or Volcano")
+    _add_recipe(command)
+    add_launch_options(command)
     command = add(_status, "state and last step of a run")
     _add_run_dir(command)
     _add_json(command)
@@ -132,6 +135,7 @@ def _add_recipes_and_runs(add: _Add) -> None:
 
 def _add_tools(add: _Add) -> None:
     add_data_actions(add(_data, "make shards to train on, check and count them"))
+    add_checkpoint_actions(add(_checkpoint, "look into checkpoints, check and convert them"))
     command = add(_parity, "compare layouts with one rank, gradient by gradient")
     _add_recipe(command)
     command.add_argument(
@@ -157,29 +161,12 @@ def _add_tools(add: _Add) -> None:
     command.add_argument("study", metavar="STUDY", help="a name of `mneme list`, or a YAML file")
     command.add_argument("--seeds", type=int, help="default: what the study says")
     command.add_argument("--runs-dir", type=Path, default=Path("runs"))
+    command.add_argument("-o", "--output", type=Path, help="report; default: beside the runs")
     _add_overrides(command)
     command = add(_report, "compare runs on one page")
     command.add_argument("runs", metavar="RUN", nargs="+", type=Path)
     command.add_argument("-o", "--output", type=Path, default=Path("report"))
-
-
-def _add_checkpoint(add: _Add) -> None:
-    command = add(_checkpoint, "to and from Hugging Face folders")
-    actions = command.add_subparsers(metavar="ACTION", required=True, dest="action")
-    purpose = "make a run that starts from the weights of a folder of safetensors"
-    action = actions.add_parser("import-hf", help=purpose, description=purpose, allow_abbrev=False)
-    action.add_argument("source", metavar="SOURCE", type=Path, help="folder with config.json")
-    action.add_argument("destination", metavar="DESTINATION", type=Path, help="new run directory")
-    action.add_argument("--recipe", help="what to train them with; default: say so on resume")
-    _add_overrides(action)
-    purpose = "write a checkpoint as a folder that transformers loads"
-    action = actions.add_parser("export-hf", help=purpose, description=purpose, allow_abbrev=False)
-    action.add_argument(
-        "source", metavar="SOURCE", type=Path, help="run directory, or one checkpoint of it"
-    )
-    action.add_argument("destination", metavar="DESTINATION", type=Path, help="new folder")
-    action.add_argument("--dtype", choices=["bf16", "fp32"], help="default: as it is stored")
-    action.add_argument("--max-shard-size", default="5GB", help="of a file (default: 5GB)")
+    add_doctor_options(add(_doctor, "check environment, backends and collectives of this machine"))
 
 
 def _add_recipe(command: argparse.ArgumentParser) -> None:
@@ -240,6 +227,12 @@ def _resume(options: argparse.Namespace) -> int:
     return resume(options.run_dir, options.overrides)
 
 
+def _launch(options: argparse.Namespace) -> int:
+    from launch.cluster.command import launch  # noqa: PLC0415
+
+    return launch(options)
+
+
 def _status(options: argparse.Namespace) -> int:
     from launch.inspect_run import print_status  # noqa: PLC0415
 
@@ -259,18 +252,9 @@ def _data(options: argparse.Namespace) -> int:
 
 
 def _checkpoint(options: argparse.Namespace) -> int:
-    from launch import checkpoint  # noqa: PLC0415
+    from launch.checkpoint_command import run_checkpoint  # noqa: PLC0415
 
-    if options.action == "import-hf":
-        return checkpoint.import_hf(
-            options.source, options.destination, recipe=options.recipe, overrides=options.overrides
-        )
-    return checkpoint.export_hf(
-        options.source,
-        options.destination,
-        dtype=options.dtype,
-        max_shard_size=options.max_shard_size,
-    )
+    return run_checkpoint(options)
 
 
 def _parity(options: argparse.Namespace) -> int:
@@ -307,6 +291,7 @@ def _ablate(options: argparse.Namespace) -> int:
         seeds=options.seeds,
         runs_dir=options.runs_dir,
         overrides=options.overrides,
+        output=options.output,
     )
 
 
@@ -315,6 +300,12 @@ def _report(options: argparse.Namespace) -> int:
 
     print(f"report: {write_report(options.runs, options.output)}")
     return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from launch.doctor.command import run_doctor  # noqa: PLC0415
+
+    return run_doctor(options)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,10 @@ def corpus_problems(config: RunConfig) -> list[str]:
             continue
         missing = [split for split in splits if not (Path(source.path) / split).is_dir()]
         if missing:
+            corpus = "niah" if Path(source.path).name == "niah" else "quickstart"
             problems.append(
                 f"data.sources.{name}.path={source.path}: no {' or '.join(missing)} shards there; "
-                "make them with: mneme data build quickstart"
+                f"make them with: mneme data build {corpus}"
             )
     tokenizer = Path(config.data.tokenizer)
     if not tokenizer.is_file():

@@ -38,9 +38,9 @@ def add_data_actions(command: argparse.ArgumentParser) -> None:
         metavar="DEST",
         type=Path,
         help="folder of the corpus; alone: quickstart or quickstart_mm, a small corpus of what is "
-        "installed, without or with pictures",
+        "installed, without or with pictures; niah: adds needles in haystacks to it",
     )
-    action.add_argument("-o", "--output", type=Path, help="of quickstart (default: corpus)")
+    action.add_argument("-o", "--output", type=Path, help="corpus of quickstart (default: corpus)")
     add_build_options(action)
     action = add(_index, "index shards that others wrote, and tokenise their text")
     action.add_argument("folder", metavar="DIR", type=Path, help="with the shards, NAME.tar")
@@ -77,8 +77,11 @@ def run_data(options: argparse.Namespace) -> int:
 
 
 def _build(options: argparse.Namespace) -> int:
-    if str(options.destination) in _QUICKSTART and not imports_something(options):
-        return _build_quickstart(options)
+    if not imports_something(options):
+        if str(options.destination) in _QUICKSTART:
+            return _build_quickstart(options)
+        if str(options.destination) == "niah":
+            return _build_niah(options)
     request = source_request(options)
     from data.build_source import build_source  # noqa: PLC0415
 
@@ -101,6 +104,16 @@ def _build_quickstart(options: argparse.Namespace) -> int:
 
         build_quickstart_mm_corpus(output)
     print(f"corpus: {output}; next: mneme train {_QUICKSTART[name]}")
+    return 0
+
+
+def _build_niah(options: argparse.Namespace) -> int:
+    from data.niah import build_niah  # noqa: PLC0415
+
+    corpus = options.output or Path("corpus")
+    for manifest in build_niah(corpus):
+        print(f"{manifest.source}/{manifest.split}: {manifest.samples} documents")
+    print(f"corpus: {corpus}; next: mneme ablate niah")
     return 0
 
 

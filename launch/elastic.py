@@ -10,7 +10,7 @@ from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from launch.ranks import RankFiles
+from launch.ranks import Node, RankFiles
 from train.lifetime import EXIT_CODE_FILE
 
 _IN_ONE_LOG = ("-c", 'exec "$@" 2>&1', "sh")
@@ -50,12 +50,12 @@ def run_to_end(
     command: Sequence[str],
     *,
     logs: Path,
-    count: int,
+    node: Node,
     endpoint: str,
     run_id: str,
     started: Callable[[dict[int, int]], None],
 ) -> dict[int, int]:
-    """Run `count` ranks on this node, the only one, until all are gone.
+    """Run the ranks of this node until all are gone.
 
     Blocks the calling thread, which has to be the main one. If a rank fails, torch ends the others:
     SIGTERM, which ours take for a stop request, and SIGKILL 30 s later.
@@ -63,13 +63,13 @@ def run_to_end(
     Args:
         command: what each rank runs.
         logs: for `RankFiles`.
-        count: number of ranks.
-        endpoint: HOST:PORT where torch opens the store in which the ranks meet.
+        node: which ranks; every node of the run has to call this.
+        endpoint: HOST:PORT where torch opens the store in which the ranks meet, on node 0.
         run_id: name of this attempt.
-        started: called with {rank: process id} when all run.
+        started: called with {rank: process id} when all of this node run.
 
     Returns:
-        {rank: exit code}, negative for a signal.
+        {rank: exit code} of the ranks of this node, negative for a signal.
     """
     pids: dict[int, int] = {}
 
@@ -77,19 +77,19 @@ def run_to_end(
         event = Event.deserialize(record.getMessage())
         if event.source == EventSource.WORKER and event.metadata["state"] == "START":
             pids[int(str(event.metadata["global_rank"]))] = int(str(event.metadata["worker_id"]))
-            if len(pids) == count:
+            if len(pids) == node.ranks:
                 started(pids)
         return False  # nothing is printed
 
     get_logging_handler(_EVENTS).addFilter(read)
     config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=count,
+        min_nodes=node.count,
+        max_nodes=node.count,
+        nproc_per_node=node.ranks,
         run_id=run_id,
         rdzv_backend="static",
         rdzv_endpoint=endpoint,
-        rdzv_configs={"rank": 0},
+        rdzv_configs={"rank": node.number},
         max_restarts=0,
         logs_specs=RankLogs(logs),
         event_log_handler=_EVENTS,

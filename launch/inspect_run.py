@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from launch.run_dir import RunDirError, is_held, last_attempt_logs, last_record, progress
-from launch.runs import next_token_loss, read_status
+from launch.runs import next_token_loss, read_events, read_status
 
 _TAIL_LINES = 40
 
@@ -20,6 +20,8 @@ def print_status(run_dir: Path, *, as_json: bool) -> int:
     """
     _require_run(run_dir)
     status = {**read_status(run_dir), **progress(run_dir)}
+    if status["state"] == "unknown" and (job := submitted_as(run_dir)):
+        status |= {"state": "submitted", "reason": f"{job}, has not started yet"}
     if status["state"] == "running" and not is_held(run_dir):
         status["state"] = "failed"
         status["reason"] = "the launcher was killed; its ranks ended with it"
@@ -56,6 +58,12 @@ def print_logs(run_dir: Path, *, rank: int | None) -> int:
         print(f"==> {path} ({len(lines)} lines)")
         print("".join(f"{line}\n" for line in lines[-_TAIL_LINES:]), end="")
     return 0
+
+
+def submitted_as(run_dir: Path) -> str | None:
+    """The cluster's job, if `mneme launch` submitted this run."""
+    jobs = [row["detail"] for row in read_events(run_dir) if row["event"] == "submit"]
+    return str(jobs[-1]) if jobs else None
 
 
 def _loss(loss: float | None) -> str:

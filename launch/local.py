@@ -1,90 +1,42 @@
-"""Run the ranks of a run on this machine, from start to verdict.
+"""Run a run from start to verdict, attempt after attempt, and say so in its directory.
 
-`launch.start` calls `run_ranks`. It owns the signals: the first stop request is passed on to the
-ranks, which save and leave; whatever happens, no process is left when it returns.
+`launch.start` calls `run_ranks` for a run on this machine, `launch.node` calls `lead` on node 0 of
+several. After a crash all ranks are started again, in a new attempt with a new rendezvous, from the
+newest checkpoint: `launch.restarts` says when that makes sense.
 """
 
 import os
-import signal
 import sys
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any
 
+from launch.attempt import (
+    POLL_SECONDS,
+    Attempt,
+    StopSignals,
+    Verdict,
+    failed,
+    run_attempt,
+    wait_until,
+)
+from launch.crew import LOST_EXIT_CODE, Crew
 from launch.progress import ProgressLine
-from launch.ranks import Runner, available_cores, first_failure, no_survivors, reserved_port
+from launch.ranks import Node, reserved_port
+from launch.restarts import Restart, Restarts
 from launch.run_dir import held, next_attempt, write_status
 from launch.validate import world_size
-from train.checkpoint.commit import newest_checkpoint
 from train.config import RunConfig
+from train.events import append_event
 from train.lifetime import LAUNCHER_PID, die_with_parent
-from train.stop import ALARM_EXIT_CODE, STOPPED_EXIT_CODE
-
-_POLL_SECONDS = 0.05
-
-_VICTIM_SECONDS = 1.0
-"""Time for the other ranks to notice that one failed, and to log what they saw."""
-
-_REPORT_SECONDS = 10.0
-"""Time for the runner, whose ranks are gone, to tell how they ended; it needs a fraction."""
-
-_SAME_KEYSTROKE_SECONDS = 0.5
-"""A wrapper (make, a shell) may pass on the SIGINT that the terminal has also sent."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """How an attempt ended."""
-
-    state: str
-    """done, stopped or failed."""
-    reason: str
-    exit_code: int
-
-
-class StopSignals:
-    """Catches stop requests to the launcher while it is open; the old handlers come back after."""
-
-    _CAUGHT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-
-    def __init__(self) -> None:
-        self.requested: str | None = None
-        """Name of the first signal."""
-        self.at_once = False
-        """A further Ctrl-C: do not wait for a checkpoint."""
-        self._time = 0.0
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> "StopSignals":
-        for number in self._CAUGHT:
-            self._before[number] = signal.signal(number, self._remember)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if self.requested is None:
-            self.requested, self._time = signal.Signals(number).name, now
-        elif number == signal.SIGINT and now - self._time > _SAME_KEYSTROKE_SECONDS:
-            self.at_once = True
+from train.stop import STOPPED_EXIT_CODE, WRONG_INPUT_EXIT_CODE
 
 
 def run_ranks(run_dir: Path, config: RunConfig, *, module: str = "train.run") -> int:
     """Run every rank of `run_dir` to its end; must be called from the main thread.
 
-    Writes `status.json` and the logs, shows progress, and prints why a run failed.
+    Writes `status.json`, the logs and an event for every restart, shows progress, and prints why a
+    run failed.
 
     Args:
         run_dir: holds the `recipe.yaml` that the ranks read.
@@ -92,113 +44,137 @@ def run_ranks(run_dir: Path, config: RunConfig, *, module: str = "train.run") ->
         module: what a rank runs, as `python -m MODULE RUN_DIR`.
 
     Returns:
-        0 done, 85 stopped on request after saving, 86 the same for an alarm, 1 failed.
+        0 done, 85 stopped on request after saving, 86 the same for an alarm, 2 the ranks cannot use
+        what the user gave, 1 failed.
 
     Raises:
         RunDirError: another launcher is at work in `run_dir`.
     """
     if LAUNCHER_PID in os.environ:
         die_with_parent()  # a study started us
-    count = world_size(config)
-    with ExitStack() as stack:
-        stack.enter_context(held(run_dir))
-        signals = stack.enter_context(StopSignals())
-        port = stack.enter_context(reserved_port())
-        attempt = next_attempt(run_dir)
-        logs = run_dir / "logs" / f"attempt-{attempt}"
-        logs.mkdir(parents=True)
-        write_status(run_dir, state="running", reason=f"attempt {attempt}", ranks=count)
-        newest = newest_checkpoint(run_dir)
-        line = ProgressLine(
-            run_dir,
-            steps=config.train.steps,
-            first_step=newest[0] if newest else 0,
-            ranks=count,
-        )
-        with no_survivors():
-            runner = Runner(
-                run_dir,
-                logs,
-                module=module,
-                count=count,
-                port=port,
-                threads=config.launch.threads_per_rank or max(1, available_cores() // count),
-            )
-            try:
-                with line:
-                    verdict = _supervise(runner, signals, line, config.launch.stop_deadline_seconds)
-            finally:
-                runner.kill()
-        write_status(run_dir, state=verdict.state, reason=verdict.reason, ranks=count)
+    with held(run_dir), StopSignals() as signals, Crew(Node(ranks=world_size(config))) as crew:
+        run = Run(run_dir=run_dir, config=config, module=module, crew=crew, signals=signals)
+        return lead(run).exit_code
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run that this process leads, being node 0; `run_dir` is held."""
+
+    run_dir: Path
+    config: RunConfig
+    """The recipe that lies in `run_dir`."""
+    module: str
+    """What a rank runs, as `python -m MODULE RUN_DIR`."""
+    crew: Crew
+    signals: StopSignals
+
+    @property
+    def num_ranks(self) -> int:
+        """On all nodes."""
+        return self.crew.node.ranks * self.crew.node.count
+
+    def stop_requested(self) -> str | None:
+        """Name of the signal that any node was sent."""
+        return self.signals.requested or self.crew.stop_requested()
+
+    def write_status(self, state: str, reason: str) -> None:
+        """Replace `status.json`."""
+        write_status(self.run_dir, state=state, reason=reason, ranks=self.num_ranks)
+
+
+def lead(run: Run, *, interrupted_code: int = 1) -> Verdict:
+    """Attempt after attempt on all nodes, until one ends in a way that another would not change.
+
+    Args:
+        run: what to run.
+        interrupted_code: exit code if it was asked to stop and failed to save.
+    """
+    restarts = Restarts(run.run_dir, run.config.launch.max_restarts_without_progress)
+    while True:
+        restarts.begin()
+        verdict = _assemble(run) or _attempt(run, restarts.newest_step)
+        if verdict.state == "failed" and run.stop_requested():
+            verdict = replace(verdict, exit_code=interrupted_code)
+        elif verdict.state == "failed" and verdict.exit_code != LOST_EXIT_CODE:
+            if restart := restarts.after(verdict):
+                _announce(run, verdict, restart)
+                wait_until(lambda: run.stop_requested() is not None, restart.pause_seconds)
+                continue
+            verdict = _final(verdict, restarts)
+        break
+    run.write_status(verdict.state, verdict.reason)
+    run.crew.dismiss(verdict.exit_code)
     if verdict.state == "failed":
         print(verdict.reason, file=sys.stderr)
-    return verdict.exit_code
+    return verdict
 
 
-def _supervise(
-    runner: Runner, signals: StopSignals, line: ProgressLine, deadline_seconds: float
-) -> Verdict:
-    """Wait for all ranks to leave, or for a reason to end them."""
-    deadline = None
-    while runner.is_running():
-        ranks = runner.ranks()
-        if any(rank.failed() for rank in ranks):
-            _end_victims(runner)
-            break
-        if signals.at_once:
-            return _failed("killed at the second Ctrl-C, without saving")
-        if deadline is None and (signals.requested or any(rank.stopped() for rank in ranks)):
-            line.say(f"{signals.requested or 'stop'}: saving a checkpoint; Ctrl-C again kills")
-            deadline = time.monotonic() + deadline_seconds
-        if deadline is not None:
-            for rank in ranks:
-                rank.ask_to_stop()
-            if time.monotonic() > deadline:
-                return _too_late(runner, deadline_seconds)
-        time.sleep(_POLL_SECONDS)
-    return _verdict(runner, signals)
-
-
-def _end_victims(runner: Runner) -> None:
-    """Give the other ranks a moment to leave by themselves, then let the runner tell."""
-    ranks = runner.ranks()
-    _wait(lambda: not any(rank.is_running() for rank in ranks), _VICTIM_SECONDS)
-    for rank in ranks:
-        rank.kill()
-    _wait(lambda: not runner.is_running(), _REPORT_SECONDS)
-
-
-def _wait(condition: Callable[[], bool], seconds: float) -> None:
+def _assemble(run: Run) -> Verdict | None:
+    """Wait until all nodes are there; a verdict: there will be no attempt."""
+    seconds = run.config.launch.join_deadline_seconds
     deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(_POLL_SECONDS)
+    waiting: list[int] = []
+    while run.stop_requested() is None:
+        missing = run.crew.missing()
+        if not missing:
+            return None
+        nodes = f"node{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))}"
+        if time.monotonic() > deadline:
+            late = f"{nodes} did not come within {seconds:g} s (launch.join_deadline_seconds)"
+            return replace(failed(late), exit_code=LOST_EXIT_CODE)
+        if missing != waiting:
+            print(f"waiting for {nodes} ...", flush=True)
+            run.write_status("running", f"waiting for {nodes}")
+            waiting = missing
+        time.sleep(POLL_SECONDS)
+    reason = f"stopped on {run.stop_requested()} before an attempt; there was nothing to save"
+    return Verdict(state="stopped", reason=reason, exit_code=STOPPED_EXIT_CODE)
 
 
-def _verdict(runner: Runner, signals: StopSignals) -> Verdict:
-    """What the exit codes of all ranks mean."""
-    if not runner.tells_exit_codes():
-        return _failed(f"{runner.explain()}\nits log: {runner.log}")
-    culprit = first_failure(runner.ranks())
-    if culprit is not None:
-        return _failed(f"{culprit.explain()}\nits log: {culprit.log}")
-    if any(rank.alarmed() for rank in runner.ranks()):
-        reason = "stopped by an alarm (see events.jsonl), checkpoint saved"
-        return Verdict(state="stopped", reason=reason, exit_code=ALARM_EXIT_CODE)
-    if any(rank.stopped() for rank in runner.ranks()):
-        reason = f"stopped on {signals.requested or 'request to a rank'}, checkpoint saved"
-        return Verdict(state="stopped", reason=reason, exit_code=STOPPED_EXIT_CODE)
-    return Verdict(state="done", reason="all steps done", exit_code=0)
+def _attempt(run: Run, first_step: int) -> Verdict:
+    """Run one attempt on all nodes, with a new number and a new port."""
+    run_dir, node, number = run.run_dir, run.crew.node, next_attempt(run.run_dir)
+    steps = run.config.train.steps
+    line = ProgressLine(run_dir, steps=steps, first_step=first_step, ranks=run.num_ranks)
+    with reserved_port("" if node.count > 1 else "127.0.0.1") as port:
+        attempt = Attempt(
+            run_dir=run_dir,
+            config=run.config,
+            module=run.module,
+            number=number,
+            node=node,
+            endpoint=f"{run.crew.host}:{port}",
+        )
+        attempt.logs.mkdir(parents=True)
+        run.write_status("running", f"attempt {number}")
+        with line:
+            run.crew.begin(number, port)
+            own = run_attempt(attempt, run.signals, run.crew, line.say)
+            return run.crew.combine(own, run.signals)
 
 
-def _too_late(runner: Runner, deadline_seconds: float) -> Verdict:
-    late = [rank for rank in runner.ranks() if rank.is_running()]
-    who = f"rank {', '.join(str(rank.number) for rank in late)}" if late else "the runner"
-    return _failed(
-        f"{who} had not saved and left {deadline_seconds:g} s after the stop request and was "
-        "killed; raise launch.stop_deadline_seconds if a checkpoint takes longer\n"
-        f"its log: {late[0].log if late else runner.log}"
+def _announce(run: Run, verdict: Verdict, restart: Restart) -> None:
+    """Say on the console and in `events.jsonl` why and from where the run starts again."""
+    limit = run.config.launch.max_restarts_without_progress
+    after = f"from step {restart.after_step}" if restart.after_step else "from the beginning"
+    what = f"restart {restart.count} of {limit} without a new checkpoint, {after}"
+    print(f"{verdict.reason}\n{what}, in {restart.pause_seconds:g} s", flush=True)
+    append_event(
+        run.run_dir,
+        step=restart.after_step,
+        rank=verdict.rank or 0,
+        event="restart",
+        detail=f"{verdict.reason.splitlines()[0]}; {what}",
     )
 
 
-def _failed(reason: str) -> Verdict:
-    return Verdict(state="failed", reason=reason, exit_code=1)
+def _final(verdict: Verdict, restarts: Restarts) -> Verdict:
+    """The verdict on a run that is not started again."""
+    if restarts.refused_input:
+        return replace(verdict, exit_code=WRONG_INPUT_EXIT_CODE)
+    if restarts.limit:
+        times = f"{restarts.limit} restart{'s' if restarts.limit > 1 else ''}"
+        spent = f"gave up after {times} in a row without a new checkpoint"
+        return replace(verdict, reason=f"{verdict.reason}\n{spent}")
+    return verdict

@@ -22,15 +22,50 @@ from typing import Any
 import psutil
 
 from train.lifetime import LAUNCHER_PID, adopt_orphans
-from train.stop import ALARM_EXIT_CODE, SAVED_EXIT_CODES, held_until_installed
-
-PIDS_FILE = "pids.json"
-"""Written by the runner once it has started its ranks: {rank: process id}."""
-EXIT_CODES_FILE = "exit-codes.json"
-"""Written by the runner when all its ranks are gone: {rank: exit code}; negative: a signal."""
+from train.stop import (
+    ALARM_EXIT_CODE,
+    SAVED_EXIT_CODES,
+    WRONG_INPUT_EXIT_CODE,
+    held_until_installed,
+)
 
 _HEALTHY_CODES = (0, *SAVED_EXIT_CODES)
 _LOG_TAIL_LINES = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """A node's share of a run: ranks `number * ranks` and those after it."""
+
+    number: int = 0
+    """From 0; node 0 decides for all."""
+    count: int = 1
+    """Nodes of the run."""
+    ranks: int
+    """Ranks on each node."""
+
+
+@dataclass(frozen=True)
+class RunnerFiles:
+    """What the runner of a node leaves in the logs of an attempt."""
+
+    logs: Path
+    node: int
+
+    @property
+    def log(self) -> Path:
+        """What it printed, stdout and stderr."""
+        return self.logs / f"runner-{self.node}.log"
+
+    @property
+    def pids(self) -> Path:
+        """Written once it has started its ranks: {rank: process id}."""
+        return self.logs / f"pids-{self.node}.json"
+
+    @property
+    def exit_codes(self) -> Path:
+        """Written when all its ranks are gone: {rank: exit code}; negative: a signal."""
+        return self.logs / f"exit-codes-{self.node}.json"
 
 
 @dataclass(frozen=True)
@@ -124,6 +159,11 @@ class Rank:
         path = self._files.error
         return path.stat().st_mtime if path.exists() else float("inf")
 
+    @property
+    def found_wrong_input(self) -> bool:
+        """Whether it left because what the user gave cannot be used (`train.run`)."""
+        return self._files.told_exit_code() == WRONG_INPUT_EXIT_CODE
+
     def explain(self) -> str:
         """What happened to a rank that failed."""
         if self._files.error.exists():
@@ -138,7 +178,7 @@ class Runner:
     """The process that starts the ranks of this node: `launch.runner`."""
 
     def __init__(
-        self, run_dir: Path, logs: Path, *, module: str, count: int, port: int, threads: int
+        self, run_dir: Path, logs: Path, *, module: str, node: Node, endpoint: str, threads: int
     ) -> None:
         """Start it.
 
@@ -146,15 +186,17 @@ class Runner:
             run_dir: the run.
             logs: folder of this attempt.
             module: what a rank runs, as `python -m MODULE RUN_DIR`.
-            count: number of ranks. Their number is local and global alike.
-            port: where the ranks meet.
+            node: which ranks.
+            endpoint: HOST:PORT where the ranks of all nodes meet, on node 0.
             threads: OMP_NUM_THREADS of a rank.
         """
-        self.log = logs / "runner.log"
         self._logs = logs
+        self._files = RunnerFiles(logs, node.number)
+        self.log = self._files.log
         self._ranks: list[Rank] = []
         command = [sys.executable, "-m", "launch.runner", str(run_dir), f"--logs={logs}"]
-        command += [f"--module={module}", f"--ranks={count}", f"--endpoint=127.0.0.1:{port}"]
+        command += [f"--module={module}", f"--endpoint={endpoint}", f"--ranks={node.ranks}"]
+        command += [f"--node={node.number}", f"--nodes={node.count}"]
         inherited = {
             name: value
             for name, value in os.environ.items()
@@ -184,13 +226,13 @@ class Runner:
         if not self._ranks:
             self._ranks = [
                 Rank(pid, RankFiles(self._logs, number))
-                for number, pid in _numbers(self._logs / PIDS_FILE).items()
+                for number, pid in _numbers(self._files.pids).items()
             ]
         return self._ranks
 
     def tells_exit_codes(self) -> bool:
         """Take over what torch's launcher saw of the ranks; False if the runner did not tell."""
-        codes = _numbers(self._logs / EXIT_CODES_FILE)
+        codes = _numbers(self._files.exit_codes)
         for rank in self.ranks():
             rank.exit_code = codes.get(rank.number)
         return bool(codes)
@@ -229,6 +271,10 @@ def no_survivors() -> Iterator[None]:
         adopt_orphans(False)
 
 
+FailureOrder = tuple[bool, float, bool]
+"""The smaller one happened earlier, or explains the larger one."""
+
+
 def first_failure(ranks: Sequence[Rank]) -> Rank | None:
     """The rank that failed by itself; the others fail because they lose a peer.
 
@@ -238,10 +284,11 @@ def first_failure(ranks: Sequence[Rank]) -> Rank | None:
     about to exit dies of it.
     """
     failed = [rank for rank in ranks if rank.failed() and not rank.killed]
-    return min(failed, key=_order_of_failure, default=None)
+    return min(failed, key=order_of_failure, default=None)
 
 
-def _order_of_failure(rank: Rank) -> tuple[bool, float, bool]:
+def order_of_failure(rank: Rank) -> FailureOrder:
+    """By which `first_failure` chooses; node 0 compares the nodes' first failures by it, too."""
     ended = rank.exit_code == -signal.SIGTERM
     from_outside = (rank.exit_code or 0) < 0 and not ended and rank.failed_at == float("inf")
     return not from_outside, rank.failed_at, ended
@@ -255,15 +302,15 @@ def available_cores() -> int:
 
 
 @contextmanager
-def reserved_port() -> Iterator[int]:
-    """A TCP port on 127.0.0.1 that nobody else is given until rank 0 listens on it.
+def reserved_port(host: str = "127.0.0.1") -> Iterator[int]:
+    """A TCP port that nobody else is given until rank 0 listens on it; host "": of all addresses.
 
     The socket stays bound but never listens: the system hands the port to nobody who asks for any
     port, while a store that asks for this one by number may bind it, since both allow reuse.
     """
     with socket.socket() as holder:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        holder.bind(("127.0.0.1", 0))
+        holder.bind((host, 0))
         yield int(holder.getsockname()[1])
 
 

@@ -11,6 +11,7 @@ import platform
 import secrets
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,11 @@ _PACKAGES = (
 )
 _TAIL_BYTES = 1 << 16
 
+_BEAT_SECONDS = 5.0
+"""Between two signs of life of a launcher."""
+_ALIVE_SECONDS = 30.0
+"""A launcher on another machine that has given none for so long is gone; clocks may differ a little."""
+
 _LOCK_SECONDS = 0.5
 """Longer than `is_held` of another process keeps the lock that it tries."""
 
@@ -36,14 +42,18 @@ class RunDirError(ValueError):
     """A run directory cannot be used for what was asked; says what to type instead."""
 
 
+def run_name(recipe: str) -> str:
+    """A name for a new run of a recipe."""
+    return f"{recipe}-{time.strftime('%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+
+
 def new_run_dir(name: str, requested: Path | None) -> Path:
     """Create the directory of a new run: `requested`, or `runs/<name>-<time>-<random>`.
 
     Raises:
         RunDirError: it exists and is not empty, or is a file.
     """
-    stamp = f"{time.strftime('%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-    run_dir = requested or Path("runs") / f"{name}-{stamp}"
+    run_dir = requested or Path("runs") / run_name(name)
     if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
         use = f"`mneme resume {run_dir}`, or " if (run_dir / "recipe.yaml").is_file() else ""
         raise RunDirError(f"--run-dir {run_dir}: exists and is not empty; use {use}another name")
@@ -167,31 +177,69 @@ def write_status(run_dir: Path, *, state: str, reason: str, ranks: int) -> None:
 
 
 @contextmanager
-def held(run_dir: Path) -> Iterator[None]:
+def held(run_dir: Path, *, patience_seconds: float = _LOCK_SECONDS) -> Iterator[None]:
     """Keep other launchers out of a run while this block runs; ends with the process, if not before.
 
+    The lock says on which machine it is held, and its file is touched now and then: file systems
+    that several machines see may keep locks to one of them.
+
     Raises:
-        RunDirError: another launcher has it.
+        RunDirError: another launcher has it, and keeps it for `patience_seconds`.
     """
-    with (run_dir / ".lock").open("a") as lock:
-        deadline = time.monotonic() + _LOCK_SECONDS
-        while not _locks(lock):
+    path = run_dir / ".lock"
+    with path.open("a") as lock:
+        deadline = time.monotonic() + patience_seconds
+        while _is_held_elsewhere(path) or not _locks(lock):
             if time.monotonic() > deadline:
+                where = f" on {_holder(path)}" if _is_held_elsewhere(path) else ""
                 raise RunDirError(
-                    f"{run_dir}: is being trained by another mneme process; wait for it, or stop "
-                    "it with Ctrl-C"
+                    f"{run_dir}: is being trained by another mneme process{where}; wait for it, or "
+                    "stop it with Ctrl-C"
                 )
             time.sleep(0.05)
-        yield
+        lock.truncate(0)
+        lock.write(platform.node())
+        lock.flush()
+        done = threading.Event()
+        beat = threading.Thread(target=_beat, args=(path, done), daemon=True)
+        beat.start()
+        try:
+            yield
+        finally:
+            done.set()
+            beat.join()
+            lock.truncate(0)
 
 
 def is_held(run_dir: Path) -> bool:
-    """Whether a launcher is at work in the run."""
+    """Whether a launcher is at work in the run, here or on another machine."""
+    path = run_dir / ".lock"
+    if _is_held_elsewhere(path):
+        return True
     try:
-        with (run_dir / ".lock").open() as lock:
+        with path.open() as lock:
             return not _locks(lock)
     except FileNotFoundError:
         return False
+
+
+def _beat(path: Path, done: threading.Event) -> None:
+    while not done.wait(_BEAT_SECONDS):
+        path.touch()
+
+
+def _holder(path: Path) -> str:
+    """The machine on which a launcher has the run, or had it when it was killed; "" for none."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return ""
+
+
+def _is_held_elsewhere(path: Path) -> bool:
+    if _holder(path) in ("", platform.node()):
+        return False
+    return time.time() - path.stat().st_mtime < _ALIVE_SECONDS
 
 
 def _locks(file: TextIO) -> bool:

@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-from launch.ranks import EXIT_CODES_FILE, PIDS_FILE, RankFiles
+from launch.ranks import Node, RankFiles, RunnerFiles
 from train.lifetime import LAUNCHER_PID, die_with_parent, fast_imports
 from train.stop import SAVED_EXIT_CODES
 
@@ -35,16 +35,18 @@ def main() -> int:
     with fast_imports():
         from launch.elastic import run_to_end  # noqa: PLC0415 - not before die_with_parent
 
+    node = Node(number=options.node, count=options.nodes, ranks=options.ranks)
+    files = RunnerFiles(options.logs, node.number)
     seen = run_to_end(
         [sys.executable, "-m", options.module, str(options.run_dir)],
         logs=options.logs,
-        count=options.ranks,
+        node=node,
         endpoint=options.endpoint,
         run_id=f"{options.run_dir.name}-{options.logs.name}",
-        started=lambda pids: _write(options.logs / PIDS_FILE, pids),
+        started=lambda pids: _write(files.pids, pids),
     )
     codes = {rank: code or _stopped(options.logs, rank) for rank, code in seen.items()}
-    _write(options.logs / EXIT_CODES_FILE, codes)
+    _write(files.exit_codes, codes)
     return max(codes.values()) if set(codes.values()) <= {0, *SAVED_EXIT_CODES} else 1
 
 
@@ -53,8 +55,10 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     parser.add_argument("--logs", type=Path, required=True, help="folder of this attempt")
     parser.add_argument("--module", required=True, help="what a rank runs with RUN_DIR")
-    parser.add_argument("--ranks", type=int, required=True, help="how many")
-    parser.add_argument("--endpoint", required=True, help="HOST:PORT where they meet")
+    parser.add_argument("--ranks", type=int, required=True, help="how many, on this node")
+    parser.add_argument("--node", type=int, required=True, help="number of this node, from 0")
+    parser.add_argument("--nodes", type=int, required=True, help="how many")
+    parser.add_argument("--endpoint", required=True, help="HOST:PORT where they meet, on node 0")
     return parser.parse_args()
 
 

@@ -24,7 +24,7 @@ from launch.run_dir import (
 from launch.runs import next_token_loss, read_metrics, read_status
 from launch.schema import flatten, show
 from parallel.config import BackendName
-from train.checkpoint.commit import holds_only_weights, newest_checkpoint
+from train.checkpoint.commit import choose, holds_only_weights
 from train.checkpoint.geometry import FRESH, differences, recipe_geometry, refusal
 from train.config import RunConfig
 from train.recipe import load_resolved
@@ -32,7 +32,7 @@ from train.recipe import load_resolved
 CHANGEABLE = (
     *("train.steps", "train.micro_batch_size"),
     *("data.num_workers", "data.prefetch_batches", "data.faults", "data.weight_schedule"),
-    *("checkpoint", "evaluate", "monitor", "launch", "parallel"),
+    *("checkpoint", "evaluate", "monitor", "launch", "cluster", "parallel"),
 )
 """What may change when a run goes on: how long and how it is run, not what is learned from what."""
 CHANGEABLE_WITH_FRESH_TABLES = (
@@ -63,7 +63,7 @@ def _prepare(recipe: Recipe, run_dir: Path | None) -> Path:
         RecipeError: the corpus is missing or does not fit.
         RunDirError: the directory is in use.
     """
-    if problems := obstacles(recipe.config):
+    if problems := [*_several_nodes(recipe.config), *obstacles(recipe.config)]:
         raise RecipeError(problems)
     path = new_run_dir(recipe.config.name, run_dir)
     write_environment(path)
@@ -82,11 +82,12 @@ def resume(run_dir: Path, overrides: Sequence[str]) -> int:
     with held(run_dir):  # refused here if another launcher has it
         pass
     before = load_resolved(run_dir / "recipe.yaml")
-    newest = newest_checkpoint(run_dir)
+    choice = choose(run_dir)
+    newest = choice.newest
     begun = newest is None or not holds_only_weights(newest[1])
     asked = _with_fresh_tables_spent(before, newest)
     config = change(asked, overrides, _changeable(asked, overrides, begun=begun))
-    if problems := obstacles(config):
+    if problems := [*_several_nodes(config), *obstacles(config)]:
         raise RecipeError([*problems, *_started_elsewhere(run_dir)])
     if newest and config.model.engram is not None:
         found = differences(newest[1], config, recipe_geometry(config))
@@ -99,6 +100,8 @@ def resume(run_dir: Path, overrides: Sequence[str]) -> int:
             f"  mneme resume {run_dir} train.steps={2 * step}"
         )
         return 0
+    for skipped in (*choice.damaged, *choice.leftovers):
+        print(f"skipped {skipped}")
     print(f"{run_dir}: continuing after step {step} of {config.train.steps}")
     for line in _differences(before, config):
         print(f"  {line}")
@@ -153,6 +156,16 @@ def obstacles(config: RunConfig) -> list[str]:
     elif name == "dry":
         problems.append(f"{where}=dry: plans only, its tensors have no memory; use auto")
     return problems
+
+
+def _several_nodes(config: RunConfig) -> list[str]:
+    """This command starts ranks on one node only."""
+    if config.launch.nodes == 1:
+        return []
+    return [
+        f"launch.nodes={config.launch.nodes}: this command runs on one node; use launch.nodes=1 to "
+        "have all ranks here, `mneme launch` for a cluster, or `python -m launch.node` on each node"
+    ]
 
 
 def _started_elsewhere(run_dir: Path) -> list[str]:

@@ -9,92 +9,24 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, ClassVar
 
-import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
-from pydantic_core import ErrorDetails
-
-from launch.catalog import options
-from launch.compare import differences
-from launch.compose import RecipeError, compose
-from launch.runs import read_status
-from launch.study_report import write_study_report
-from train.config import RunConfig
+from launch.runs import read_metrics, read_status
+from launch.study_config import load_study
+from launch.study_cost import measured
+from launch.study_plan import Trial, plan_trials
+from launch.study_report import StudyRuns, write_study_report
+from launch.study_size import deviation, size_of
 from train.lifetime import LAUNCHER_PID
-from train.recipe import load_resolved, to_plain
 from train.stop import STOPPED_EXIT_CODE
 
 MNEME = (sys.executable, "-m", "launch.cli")
-
-_Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
-"""Names become directories."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StudyConfig:
-    """A study, `recipes/study/NAME.yaml`."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
-
-    name: _Name
-    description: str
-    """One line for `mneme list`."""
-    question: str
-    """The sentence that the report answers."""
-    recipe: str
-    """What all arms start from: a recipe's name or file."""
-    overrides: list[str] = field(default_factory=list)
-    """For all arms, before those of the arm."""
-    arms: Annotated[dict[_Name, list[str]], Field(min_length=2)]
-    """Name -> its overrides. The first arm is the one that the others are compared with."""
-    seeds: Annotated[int, Field(ge=1, strict=True)] = 3
-    """Seeds 0, 1, ... that every arm trains with."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Trial:
-    """One arm at one seed."""
-
-    arm: str
-    seed: int
-    overrides: list[str]
-    run_dir: Path
-    config: RunConfig
-
-
-def load_study(study: str) -> StudyConfig:
-    """Read a study by its name under `recipes/study/`, or from a user's file.
-
-    Raises:
-        ValueError: no such study, or not a valid one; lists everything that is wrong.
-    """
-    known = options("study")
-    path = known.get(study, Path(study))
-    if not path.is_file():
-        near = ", ".join(get_close_matches(study, known, n=3) or known)
-        raise ValueError(f"{study}: no such study; use {near}, or give a path to a .yaml")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return TypeAdapter(StudyConfig).validate_python(content)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {error}") from error
-    except ValidationError as error:
-        lines = [_problem(details) for details in error.errors(include_url=False)]
-        raise ValueError(f"{path}: not a study:\n" + "\n".join(lines)) from error
-
-
-def _problem(details: ErrorDetails) -> str:
-    *place, last = ["", *details["loc"]]
-    if last == "[key]":
-        return f'arms: {details["input"]}: a name has to be text; put it in quotes, like "on"'
-    return f"{'.'.join(map(str, [*place[1:], last])) or 'file'}: {details['msg']}"
+UNFAIR = 1
+"""Exit code: all runs are done, and a check of the report has failed."""
 
 
 def run_study(
@@ -103,9 +35,10 @@ def run_study(
     seeds: int | None,
     runs_dir: Path,
     overrides: Sequence[str],
+    output: Path | None = None,
     command: Sequence[str] = MNEME,
 ) -> int:
-    """Train every arm at every seed under `runs_dir`/study-NAME, then write the report there.
+    """Train every arm at every seed under `runs_dir`/study-NAME, then write the report.
 
     Arms that are done are not trained again; those that were interrupted are resumed.
 
@@ -114,89 +47,73 @@ def run_study(
         seeds: number of seeds; None takes the study's.
         runs_dir: where runs are kept.
         overrides: for all arms, after the study's own and before those of the arm.
+        output: folder of the report; None: `report` beside the runs.
         command: how to call `mneme`.
 
     Returns:
-        0 with the report written, 85 stopped on request, else the code of the arm that failed.
+        0 with the report written, 1 if it says that the study was not fair, 85 stopped on request,
+        else the code of the arm that failed.
 
     Raises:
         ValueError: the study, an override of an arm or a run that is already there is wrong;
-            raised before anything is trained.
+            raised before anything is trained. Or a hypothesis is about a metric that no run records.
     """
     config = load_study(study)
     directory = runs_dir / f"study-{config.name}"
     num_seeds = config.seeds if seeds is None else seeds
-    trials = _plan(config, num_seeds, directory, overrides)
+    trials = plan_trials(config, num_seeds, directory, overrides)
+    _print_plan(trials)
     with _stoppable() as child:
-        for number, trial in enumerate(trials, start=1):
-            code = _train(trial, config.recipe, f"[{number}/{len(trials)}]", command, child)
-            if code != 0:
-                return code
-    runs = {arm: [trial.run_dir for trial in trials if trial.arm == arm] for arm in config.arms}
-    page, verdicts = write_study_report(
-        f"Study {config.name}", config.question, runs, directory / "report"
-    )
-    print("\n".join([*verdicts, f"report: {page}"]), flush=True)
+        code = _train_all(trials, config.recipe, command, child)
+    if code != 0:
+        return code
+    runs = StudyRuns.read(config, trials)
+    page, answers, fair = write_study_report(runs, output or directory / "report")
+    print("\n".join([*answers, f"report: {page}"]), flush=True)
+    if not fair:
+        print(f"not fair: a check has failed, see {page}", file=sys.stderr)
+    return 0 if fair else UNFAIR
+
+
+def _print_plan(trials: Sequence[Trial]) -> None:
+    """Sizes of the arms, the first being what the others are compared with."""
+    first = [trial for trial in trials if trial.seed == 0]
+    sizes = [size_of(trial.config) for trial in first]
+    for trial, size in zip(first, sizes, strict=True):
+        total, flops = size.parameters, size.flops_per_token
+        print(
+            f"{trial.arm}: {total:,} parameters ({deviation(total, sizes[0].parameters)}), "
+            f"{size.active_parameters:,} active, {flops / 1e6:.3f}M training FLOPs per token "
+            f"({deviation(flops, sizes[0].flops_per_token)})",
+            flush=True,
+        )
+
+
+def _train_all(
+    trials: Sequence[Trial], recipe: str, command: Sequence[str], child: "_Child"
+) -> int:
+    """Bring all trials to their ends; returns the exit code of the study if it ends before, else 0."""
+    waiting = [trial for trial in trials if not _is_done(trial)]
+    started = time.monotonic()
+    for number, trial in enumerate(trials, start=1):
+        what = f"[{number}/{len(trials)}] {trial.arm}, seed {trial.seed}"
+        if trial not in waiting:
+            print(f"{what}: done before", flush=True)
+            continue
+        code = _train(trial, recipe, what, command, child)
+        if code != 0:
+            return code
+        done = waiting.index(trial) + 1
+        left = (time.monotonic() - started) / done * (len(waiting) - done)
+        last = (read_metrics(trial.run_dir) or [{}])[-1]
+        loss = last.get("validation/loss")
+        reached = "" if loss is None else f"held-out loss {loss:.4f}, "
+        print(f"{what}: {reached}about {left / 60:.0f} min left", flush=True)
     return 0
 
 
-def _plan(
-    config: StudyConfig, num_seeds: int, directory: Path, overrides: Sequence[str]
-) -> list[_Trial]:
-    """Compose every trial, seed by seed, and check it against what is on disk."""
-    if num_seeds < 1:
-        raise ValueError(f"seeds={num_seeds}: at least 1; use --seeds {config.seeds}")
-    trials, problems = [], []
-    for seed in range(num_seeds):
-        for arm, changes in config.arms.items():
-            typed = [*config.overrides, *overrides, *changes]
-            problems += _check_no_seed(arm, typed)
-            typed.append(f"train.seed={seed}")
-            try:
-                recipe = compose(config.recipe, typed).config
-            except RecipeError as error:
-                problems += [f"{arm}: {line}" for line in error.problems]
-                continue
-            run_dir = directory / f"{arm}-seed{seed}"
-            trials.append(
-                _Trial(arm=arm, seed=seed, overrides=typed, run_dir=run_dir, config=recipe)
-            )
-            problems += _check_same_recipe(run_dir, recipe)
-    problems = list(dict.fromkeys(problems)) or _check_arms_differ(trials)
-    if problems:
-        raise ValueError(f"study {config.name}:\n" + "\n".join(problems))
-    return trials
-
-
-def _check_no_seed(arm: str, overrides: Sequence[str]) -> list[str]:
-    return [
-        f"{arm}: {text}: a study sets the seeds itself; use --seeds N"
-        for text in overrides
-        if text.startswith("train.seed=")
-    ]
-
-
-def _check_same_recipe(run_dir: Path, recipe: RunConfig) -> list[str]:
-    """A run that is already there has to be of this recipe, or it would answer another question."""
-    if not (run_dir / "recipe.yaml").is_file():
-        return []
-    changed = list(differences(to_plain(load_resolved(run_dir / "recipe.yaml")), to_plain(recipe)))
-    if not changed:
-        return []
-    return [
-        f"{run_dir}: holds a run of another recipe, this one has {', '.join(changed)}; "
-        "remove the directory or use another --runs-dir"
-    ]
-
-
-def _check_arms_differ(trials: Sequence[_Trial]) -> list[str]:
-    first = [trial for trial in trials if trial.seed == 0]
-    return [
-        f"{a.arm} and {b.arm}: the same recipe; an override for all arms undoes their difference?"
-        for i, a in enumerate(first)
-        for b in first[i + 1 :]
-        if a.config == b.config
-    ]
+def _is_done(trial: Trial) -> bool:
+    return bool(read_status(trial.run_dir)["state"] == "done")
 
 
 class _Child:
@@ -238,12 +155,8 @@ def _stoppable() -> Iterator[_Child]:
             signal.signal(number, handler)
 
 
-def _train(trial: _Trial, recipe: str, progress: str, command: Sequence[str], child: _Child) -> int:
+def _train(trial: Trial, recipe: str, what: str, command: Sequence[str], child: _Child) -> int:
     """Bring one trial to its end; returns the exit code of the study if it has to end here, else 0."""
-    what = f"{progress} {trial.arm}, seed {trial.seed}"
-    if read_status(trial.run_dir)["state"] == "done":
-        print(f"{what}: done before", flush=True)
-        return 0
     if child.stopping:
         return STOPPED_EXIT_CODE
     if (trial.run_dir / "recipe.yaml").is_file():
@@ -252,7 +165,8 @@ def _train(trial: _Trial, recipe: str, progress: str, command: Sequence[str], ch
     else:
         print(f"{what}: starts in {trial.run_dir}", flush=True)
         arguments = ["train", recipe, *trial.overrides, "--run-dir", str(trial.run_dir)]
-    code = child.run([*command, *arguments])
+    with measured(trial.run_dir):
+        code = child.run([*command, *arguments])
     if code == STOPPED_EXIT_CODE:
         print("stopped; the same command goes on from here", flush=True)
     elif code != 0:

@@ -10,8 +10,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from data.config import PAIR_TOKENS
 from data.rules import problems as data_problems
+from launch.node_rules import problems as node_problems
 from launch.schema import without
+from parallel.config import BACKENDS_WITHOUT_FP64
 from parallel.layout import ParallelLayout
 from parallel.runs import length_problem
 from train.config import RunConfig
@@ -47,7 +50,9 @@ _MAY_BE_ZERO = {
     "optim.beta1",
     "optim.beta2",
     "train.seed",
+    "checkpoint.keep_every_steps",
     "evaluate.every_steps",
+    "evaluate.num_questions",
     "monitor.residual_every_steps",
     "monitor.expert_load_every_steps",
     "model.moe.bias_update_speed",
@@ -59,6 +64,7 @@ _MAY_BE_ZERO = {
     "model.hyper_connection.gate_init",
     "model.hyper_connection.phi_init_std",
     "model.hyper_connection.residual_bias_init",
+    "launch.max_restarts_without_progress",
 }
 
 _BELOW_ONE = ("optim.beta1", "optim.beta2", "optim.momentum")
@@ -187,6 +193,15 @@ def _sequences(config: RunConfig) -> Problems:
         )
         if problem:
             yield problem
+
+
+def _backend(config: RunConfig) -> Problems:
+    name = config.parallel.backend
+    if config.train.dtype == "fp64" and name in BACKENDS_WITHOUT_FP64:
+        yield (
+            f"train.dtype=fp64: parallel.backend={name} has none; use fp32 or bf16, or "
+            "parallel.backend=cpu"
+        )
 
 
 def _kernels(config: RunConfig) -> Problems:
@@ -349,12 +364,45 @@ def _data(config: RunConfig) -> Problems:
     yield from data_problems(config.data)
 
 
+def _checkpoints(config: RunConfig) -> Problems:
+    every, kept = config.checkpoint.every_steps, config.checkpoint.keep_every_steps
+    if kept % every:
+        yield (
+            f"checkpoint.keep_every_steps={kept}: must be a multiple of checkpoint.every_steps={every}; "
+            f"use {_list(_multiples(kept, every))}, or 0 to keep none"
+        )
+
+
 def _evaluation(config: RunConfig) -> Problems:
     number, data = config.evaluate.num_sequences, _DataRanks(config)
     if config.evaluate.every_steps and number % data.size:
         yield (
             f"evaluate.num_sequences={number}: must be a multiple of {data.name}; use "
             f"{_list(_multiples(number, data.size))}, or evaluate.every_steps=0 for none"
+        )
+
+
+def _questions(config: RunConfig) -> Problems:
+    """Answers are looked up in whole sequences and a whole vocabulary, by the rank that has the model."""
+    path = f"evaluate.num_questions={config.evaluate.num_questions}"
+    if not config.evaluate.num_questions:
+        if config.train.answers_only:
+            yield (
+                f"{path}: train.answers_only=true leaves nothing to learn; use as many as the documents "
+                "ask, such as evaluate.num_questions=4"
+            )
+        return
+    for axis in ("tensor", "context", "pipeline"):
+        if (size := getattr(config.parallel, f"{axis}_parallel_size")) > 1:
+            yield (
+                f"{path}: answers are scored where a rank has all of the model and its sequences, and "
+                f"parallel.{axis}_parallel_size={size}; use 1, or evaluate.num_questions=0"
+            )
+    most = (config.data.sequence_length - 2) // PAIR_TOKENS
+    if config.evaluate.num_questions > most:
+        yield (
+            f"{path}: a sequence of data.sequence_length={config.data.sequence_length} holds {most} at "
+            f"most; use {most} or fewer"
         )
 
 
@@ -380,6 +428,10 @@ def _schedule(config: RunConfig) -> Problems:
         )
 
 
+def _nodes(config: RunConfig) -> Problems:
+    yield from node_problems(config)
+
+
 def _stages(config: RunConfig) -> Problems:
     yield from problems(config)
 
@@ -391,7 +443,9 @@ def _pipeline(config: RunConfig) -> Problems:
 _RULES: list[Rule] = [
     _name,
     _layout,
+    _nodes,
     _sequences,
+    _backend,
     _kernels,
     _data_engine,
     _engram_tables,
@@ -404,7 +458,9 @@ _RULES: list[Rule] = [
     _lanes,
     _sources,
     _data,
+    _checkpoints,
     _evaluation,
+    _questions,
     _alarms,
     _schedule,
 ]

@@ -10,7 +10,9 @@ ExpertSharding = Literal["shard", "replicate"]
 PipelineSchedule = Literal[
     "1f1b", "interleaved_1f1b", "looped_bfs", "interleaved_zero_bubble", "zbv", "dualpipev"
 ]
-BackendName = Literal["auto", "cpu", "cuda", "ascend", "cambricon", "dry"]
+BackendName = Literal["auto", "cpu", "cuda", "ascend", "cambricon", "simulated", "dry"]
+BACKENDS_WITHOUT_FP64: frozenset[BackendName] = frozenset({"ascend", "cambricon", "simulated"})
+"""As their `Capabilities` say, which need torch."""
 Offload = Literal["none", "cpu", "nvme"]
 EngramStorage = Literal["device", "memory", "shared", "mmap"]
 EngramRowDtype = Literal["fp32", "bf16", "fp8"]
@@ -124,6 +126,7 @@ class ParallelConfig:
     engram: EngramTableConfig = field(default_factory=EngramTableConfig)
     """Of models with Engram."""
     backend: BackendName = "auto"
-    """Device and collectives; the environment variable MNEME_BACKEND overrides."""
+    """Device and collectives; the environment variable MNEME_BACKEND overrides. simulated: the host,
+    where what HCCL lacks is refused; dry: for planning only."""
     timeout_seconds: float = 600.0
     """A collective that waits longer fails."""

@@ -13,7 +13,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,8 @@ class Section:
     """Local number of the first of them; the others follow it."""
     chosen: Numbers | None = None
     """Ascending local numbers of the rows to write; None: all."""
+    copies: Arrays | None = None
+    """The chosen rows as they were at some time, in the same order; None: they are live."""
 
     def __len__(self) -> int:
         return len(self.held) if self.chosen is None else len(self.chosen)
@@ -143,6 +145,22 @@ def sections_of(
     return sections
 
 
+def copy_rows_of(arrays: Arrays, sections: Sequence[Section]) -> list[Section]:
+    """Sections of chosen rows, with copies of these."""
+    return [
+        replace(
+            section,
+            copies={
+                name: as_records(array)[section.chosen]
+                .view(array.dtype)
+                .reshape(-1, *array.shape[1:])
+                for name, array in arrays.items()
+            },
+        )
+        for section in sections
+    ]
+
+
 def write_file(
     path: Path,
     arrays: Arrays,
@@ -151,11 +169,11 @@ def write_file(
     ahead: Callable[[Numbers], None] | None = None,
     stop: threading.Event | None = None,
 ) -> FileEntry:
-    """Write rows of live arrays, durable when this returns; needs a few chunks of memory.
+    """Write rows of live arrays, or copies, durable when this returns; needs a few chunks of memory.
 
     Args:
         path: of the file.
-        arrays: of the store.
+        arrays: of the store; of copies, only the types count.
         sections: the rows.
         ahead: is told which local rows are going to be read: they may be on a drive.
         stop: to be set by another thread.
@@ -342,13 +360,17 @@ def _chunks(
     arrays: Arrays, section: Section, name: str, ahead: Callable[[Numbers], None] | None
 ) -> Iterator[NDArray[Any]]:
     """The bytes of a tensor, in copies: others may write to the arrays, and hash and file agree."""
-    records = as_records(arrays[name]) if name != INDEX else None
+    held = arrays if section.copies is None else section.copies
+    records = as_records(held[name]) if name != INDEX else None
     size = 8 if records is None else records.dtype.itemsize
     length = max(1, _CHUNK_BYTES // size)
     for begin in range(0, len(section), length):
         rows = section.rows(begin, begin + length)
         if records is None:
             yield section.held.start + (rows - section.local) * section.held.step
+            continue
+        if section.copies is not None:
+            yield records[begin : begin + length].view(np.uint8)
             continue
         if ahead is not None:
             ahead(rows)

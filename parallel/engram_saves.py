@@ -1,8 +1,9 @@
 """Saves of Engram's tables: what changed since the last save, and now and then everything.
 
-`train.checkpoint` calls it. A save writes the rows that changed since the last one and links the
-older files of the chain (see `engram_chain`), which never change: each checkpoint directory is whole
-by itself, and costs what is new in it.
+`train.checkpoint` calls it: `take` between two steps, the rest of a save from another thread, while
+training goes on. A save writes the rows that changed since the last one and links the older files of
+the chain (see `engram_chain`), which never change: each checkpoint directory is whole by itself, and
+costs what is new in it.
 
 When a chain has many files, or holds many rows more than once, a thread writes a new base from the
 live tables while training goes on. What it reads of a row that changes meanwhile is worthless, but
@@ -32,7 +33,6 @@ from parallel.engram_chain import (
     Manifest,
     link_file,
     read_manifest,
-    write_manifest,
 )
 from parallel.engram_dirty import DirtyRows
 from parallel.engram_files import (
@@ -43,6 +43,7 @@ from parallel.engram_files import (
     TablePlace,
     as_records,
     check_file,
+    copy_rows_of,
     sections_of,
     write_file,
 )
@@ -74,18 +75,28 @@ class Jobs(Protocol):
 
 
 @dataclass(frozen=True)
-class Save:
-    """A save that has been started."""
+class Taken:
+    """The changes of this rank up to a step."""
+
+    sections: "Future[list[Section]] | None"
+    """With copies of the rows; None without tables."""
+    base_is_whole: bool
+    """If there is a new base, it holds nothing of later steps: its last row was read before."""
+
+
+@dataclass(frozen=True)
+class _Save:
+    """A save that all ranks are ready for."""
 
     folder: Path
     step: int
-    written: "Future[FileEntry | None] | None"
-    """The changes of this rank; None without tables."""
+    sections: list[Section]
+    """The changes of this rank."""
     kept: tuple[Generation, ...]
     """What stays of the chain."""
-    base: FileEntry | None
+    base: FileEntry | None = None
     """This rank's file of a new base."""
-    base_step: int | None
+    base_step: int | None = None
     """When the new base was begun; None without a new base."""
 
 
@@ -110,6 +121,7 @@ class TableSaver:
         tables: of this rank's group, in the order of their first rows.
         rank: in the group.
         ranks: of the group.
+        group: all ranks of the world, for this saver alone; None: the default one.
         max_saves: in a chain before a new base is begun: a reader looks into so many files.
         max_extra: rows that a chain holds more than once, over all that ever changed, likewise.
     """
@@ -121,11 +133,12 @@ class TableSaver:
         *,
         rank: int,
         ranks: int,
+        group: dist.ProcessGroup | None = None,
         max_saves: int = 16,
         max_extra: float = 0.5,
     ) -> None:
         self._jobs, self._tables = jobs, tuple(tables)
-        self._rank, self._ranks = rank, ranks
+        self._rank, self._ranks, self._group = rank, ranks, group
         self._max_saves, self._max_extra = max_saves, max_extra
         num_rows = sum(len(table.held(rank, ranks)) for table in tables)
         self._dirty, self._touched = DirtyRows(num_rows), DirtyRows(num_rows)
@@ -138,45 +151,33 @@ class TableSaver:
         self._base: _BaseWriter | None = None
         self._arrays: ArrayTypes = jobs.submit(self._attach).result() if jobs else {}
 
-    def start(self, directory: Path, step: int) -> Save:
-        """Begin to write what changed; the caller may save other things meanwhile.
+    def take(self) -> Taken:
+        """Let the rows that changed since the last save be copied, between two updates.
 
-        Communication: a gather over the world.
+        A save has to follow, before the next call: the copies are all that knows of these changes.
+        """
+        whole = self._base is None or self._base.entry is not None
+        return Taken(self._jobs.submit(self._take_changes) if self._jobs else None, whole)
+
+    def write(self, directory: Path, step: int, taken: Taken) -> Manifest:
+        """Write the files of a save; with its manifest, the directory may be committed then.
+
+        Communication: two gathers over the world.
 
         Args:
             directory: of the checkpoint, not yet committed.
             step: optimizer steps so far.
+            taken: what changed up to that step.
+
+        Returns:
+            What the save holds, of all ranks; the same everywhere.
 
         Raises:
-            RuntimeError: the tables or the base of some rank have failed; on all ranks alike.
+            RuntimeError: the tables or the base of some rank have failed, or it could not write; on
+                all ranks alike.
         """
-        folder, written, problem = directory / FOLDER, None, ""
-        path = folder / _file_name("save", step)
-        try:
-            folder.mkdir(exist_ok=True)
-            if self._jobs:
-                written = self._jobs.submit(lambda store: self._write_changes(store, path))
-            if self._base and self._base.error:
-                raise self._base.error
-        except Exception as error:  # all ranks raise it
-            problem = _describe(error)
-        answers = _gather((problem, self._base is None or self._base.entry is not None))
-        _raise_all(problem for problem, _ in answers)
-        if self._base_step is None or not all(whole for _, whole in answers):
-            return Save(folder, step, written, self._chain, None, None)
-        since = [g for g in self._chain if g.kind == "save" and g.step > self._base_step]
-        base = self._base.entry if self._base else None
-        return Save(folder, step, written, tuple(since), base, self._base_step)
-
-    def finish(self, save: Save) -> None:
-        """Complete the files of a save; then the directory may be committed.
-
-        Communication: a gather over the world.
-
-        Raises:
-            RuntimeError: some rank could not write its files; on all ranks alike.
-        """
-        answers = _gather(self._complete(save))
+        save = self._prepare(directory / FOLDER, step, taken)
+        answers = self._gather(self._complete(save))
         _raise_all(problem for answer in answers for problem in answer.problems)
         chain = list(save.kept)
         if save.base_step is not None:
@@ -186,12 +187,10 @@ class TableSaver:
         if files := tuple(answer.changes for answer in answers if answer.changes):
             chain.append(Generation("save", save.step, files))
         self._chain = tuple(chain)
-        if dist.get_rank() == 0:
-            layers = dict(sorted(item for answer in answers for item in answer.layers.items()))
-            arrays = next(answer.arrays for answer in answers if answer.arrays)
-            manifest = Manifest(layers=layers, arrays=arrays, chain=self._chain)
-            write_manifest(save.folder, manifest)
+        layers = dict(sorted(item for answer in answers for item in answer.layers.items()))
+        arrays = next(answer.arrays for answer in answers if answer.arrays)
         self._plan_base(sum(answer.touched for answer in answers))
+        return Manifest(layers=layers, arrays=arrays, chain=self._chain)
 
     def committed(self, checkpoint: Path, step: int) -> None:
         """Take note that a save is committed as `checkpoint`; begin a new base if it is time."""
@@ -217,12 +216,14 @@ class TableSaver:
         rank, world = dist.get_rank(), dist.get_world_size()
         found = [check_file(self._source, entry) for entry in manifest.entries[rank::world]]
         found += self._differences(manifest)
-        problems = {problem: None for answer in _gather(found) for problem in answer if problem}
+        problems = {
+            problem: None for answer in self._gather(found) for problem in answer if problem
+        }
         if problems:
             raise ValueError("\n".join(problems))
         self._chain = manifest.chain
         touched = self._jobs.submit(self._read_chain).result() if self._jobs else 0
-        self._plan_base(sum(_gather(touched)))
+        self._plan_base(sum(self._gather(touched)))
 
     def close(self) -> None:
         """Give up a base that is being written; the store may be closed afterwards."""
@@ -235,18 +236,40 @@ class TableSaver:
         store.trackers.append(self._dirty)
         return {name: (a.dtype.name, a.shape[1:]) for name, a in store.arrays.items()}
 
-    def _write_changes(self, store: Store, path: Path) -> FileEntry | None:
+    def _take_changes(self, store: Store) -> list[Section]:
         rows = self._dirty.take()
         self._touched.mark(rows)
         sections = sections_of(self._tables, self._rank, self._ranks, rows)
-        return write_file(path, store.arrays, sections) if sections else None
+        return copy_rows_of(store.arrays, sections)
 
-    def _complete(self, save: Save) -> _Answer:
-        """Wait for this rank's files, and put its share of the older ones into the folder."""
+    def _prepare(self, folder: Path, step: int, taken: Taken) -> _Save:
+        """Find out whether all ranks can save, and whether all have their part of a new base."""
+        sections, problem = [], ""
+        try:
+            folder.mkdir(exist_ok=True)
+            if taken.sections:
+                sections = taken.sections.result()
+            if self._base and self._base.error:
+                raise self._base.error
+        except Exception as error:  # all ranks raise it
+            problem = _describe(error)
+        answers = self._gather((problem, taken.base_is_whole))
+        _raise_all(problem for problem, _ in answers)
+        if self._base_step is None or not all(whole for _, whole in answers):
+            return _Save(folder, step, sections, self._chain)
+        since = [g for g in self._chain if g.kind == "save" and g.step > self._base_step]
+        base = self._base.entry if self._base else None
+        return _Save(folder, step, sections, tuple(since), base, self._base_step)
+
+    def _complete(self, save: _Save) -> _Answer:
+        """Write this rank's files, and put its share of the older ones into the folder."""
         changes, base, problems = None, None, []
         try:
-            if save.written:
-                changes = save.written.result()
+            if save.sections:
+                path = save.folder / _file_name("save", save.step)
+                arrays = save.sections[0].copies
+                assert arrays is not None, "made by `take`"
+                changes = write_file(path, arrays, save.sections)
             if self._base and save.base:
                 base = replace(save.base, name=_file_name("base", save.step))
                 self._base.path.rename(save.folder / base.name)
@@ -257,6 +280,12 @@ class TableSaver:
             problems.append(_describe(error))
         layers = {table.layer: table.num_rows for table in self._tables}
         return _Answer(tuple(problems), layers, self._arrays, changes, base, len(self._touched))
+
+    def _gather(self, value: T) -> list[T]:
+        """The values of all ranks of the world."""
+        found: list[T | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, value, group=self._group)
+        return cast("list[T]", found)
 
     def _plan_base(self, touched: int) -> None:
         """Decide whether a new base is due, from numbers that all ranks know."""
@@ -334,13 +363,6 @@ class _BaseWriter(threading.Thread):
 
 def _file_name(kind: str, step: int) -> str:
     return f"{kind}-{step:08d}-{dist.get_rank():05d}.safetensors"
-
-
-def _gather(value: T) -> list[T]:
-    """The values of all ranks of the world."""
-    found: list[T | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, value)
-    return cast("list[T]", found)
 
 
 def _describe(error: Exception) -> str:

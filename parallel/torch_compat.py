@@ -5,11 +5,13 @@ A new torch version is checked by running the tests of this folder and adding it
 
 from collections.abc import Callable
 from copy import copy
+from datetime import timedelta
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import ProcessGroupGloo, Store
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -47,6 +49,34 @@ def init_fake_process_group(rank: int, world_size: int) -> None:
     from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: PLC0415 - registers the backend
 
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+
+
+class GlooGroup(dist.ProcessGroup):
+    """Ranks that meet through gloo, for a subclass that looks at collectives before they begin.
+
+    torch calls the methods of a subclass, whoever asks: functions of torch.distributed call them by
+    name; FSDP2, DTensor and compiled code in C++ come back to Python for those in `PyProcessGroup`.
+    The subclass overrides all of these and goes on with the same method of `gloo`. Not with that of
+    its base class: it would hold Python's lock while it waits for gloo's threads, and they sometimes
+    wait for that.
+
+    Args:
+        store: by which the ranks meet.
+        rank: of this process in the group.
+        size: number of ranks.
+        timeout: a collective that waits longer fails.
+    """
+
+    def __init__(self, store: Store, rank: int, size: int, timeout: timedelta) -> None:
+        # Not (store, rank, size), which makes an object whose methods cannot be overridden.
+        super().__init__(rank, size)  # type: ignore[call-arg]
+        self.gloo = dist.ProcessGroup(store, rank, size)
+        transport = ProcessGroupGloo(store, rank, size, timeout)
+        transport._set_sequence_number_for_group()
+        kind = dist.ProcessGroup.BackendType.CUSTOM
+        for group in (self, self.gloo):
+            group._register_backend(torch.device("cpu"), kind, transport)
+            group._set_default_backend(kind)
 
 
 def find_cpp_compiler() -> str | None:

@@ -12,6 +12,7 @@ from data.pictures import picture_problems
 from data.sources import supply_problem, vocab_size
 from data.tokenizer import decoded_tokens
 from parallel.apply import apply_parallelism
+from parallel.backend.base import Backend
 from parallel.backend.kernels import choose_kernels
 from parallel.backend.select import select_backend
 from parallel.deepspeed_setup import load_deepspeed
@@ -80,6 +81,7 @@ def build(config: RunConfig) -> Training:
     if found := [*found, *data_engine_problems(config), *memory_problems(config)]:
         raise ValueError("\n".join(found))
     device = backend.device(int(os.environ["LOCAL_RANK"]))
+    check_dtype(config, backend)
     check_compiler(config.model, device)
     kernels = choose_kernels(config.parallel, backend.device_type)  # refuses before the ranks meet
     if config.parallel.data_engine == "deepspeed":
@@ -99,6 +101,8 @@ def build(config: RunConfig) -> Training:
         engine = fully_sharded_engine(config, model, meshes, sum_dtype(backend))
     for stage in model.stages:
         compress_memory_keys(stage, config.data)
+    # For threads that save while training goes on: no two may use one group.
+    save_group = dist.new_group(backend="gloo")
     memory = None
     if tables_in_host_memory(config):
         memory = build_memory(
@@ -121,14 +125,19 @@ def build(config: RunConfig) -> Training:
         data_rank=layout.data_rank(dist.get_rank()),
         data_size=layout.data_parallel_size,
         memory=memory,
-        tables=build_table_checkpoint(config, meshes, model, memory),
+        save_group=save_group,
+        tables=build_table_checkpoint(config, meshes, model, memory, save_group),
     )
     training.monitors.extend(build_monitors(training))
     return training
 
 
 def build_table_checkpoint(
-    config: RunConfig, meshes: Meshes, model: RankModel, memory: HostMemory | None
+    config: RunConfig,
+    meshes: Meshes,
+    model: RankModel,
+    memory: HostMemory | None,
+    save_group: dist.ProcessGroup,
 ) -> TableCheckpoint | None:
     """What saves and restores Engram's tables; None if the model has none."""
     if config.model.engram is None:
@@ -139,7 +148,21 @@ def build_table_checkpoint(
         memory,
         rank=meshes.stage.get_local_rank(),
         ranks=meshes.stage.size(),
+        save_group=save_group,
     )
+
+
+def check_dtype(config: RunConfig, backend: Backend) -> None:
+    """Refuse a type that the device lacks; `launch.validate` cannot know what `auto` finds.
+
+    Raises:
+        ValueError: fp64 where there is none.
+    """
+    if config.train.dtype == "fp64" and not backend.capabilities.fp64:
+        raise ValueError(
+            f"train.dtype=fp64: backend {backend.name} has none; use fp32 or bf16, or "
+            "parallel.backend=cpu"
+        )
 
 
 def check_compiler(model: ModelConfig, device: torch.device) -> None:

@@ -119,6 +119,9 @@ class TrainConfig:
     recompute: Recompute = "none"
     """What the backward pass computes again instead of keeping it: nothing; the residual streams of
     mHC, from every few blocks' first and the sub-layers' outputs; or every block, in full."""
+    answers_only: bool = False
+    """Learn nothing but the answers to `evaluate.num_questions` questions, of documents of `mneme data
+    build niah`: the text around them is read and not predicted."""
     deterministic: bool = True
     """Refuse operations whose result depends on timing."""
 
@@ -133,6 +136,13 @@ class CheckpointConfig:
     """Steps between saves; the last step is always saved."""
     keep_last: int = 2
     """Complete checkpoints that stay on disk; older ones are removed after a newer one is whole."""
+    keep_every_steps: int = 0
+    """Checkpoints of multiples of this step stay for good, too; 0: none. A multiple of `every_steps`."""
+    asynchronous: bool = True
+    """Write behind the next steps, from a copy of the state: a save holds training up while that is
+    made, and needs as much host memory as the rank's share of the state. It is on disk some steps later;
+    the next save, and a run that ends or is asked to stop, wait for it. false: the step waits. With
+    `parallel.data_engine=deepspeed` training also waits until the shards were gathered."""
     unfit_tables: UnfitTables = "refuse"
     """What to do where a run resumes and the checkpoint's Engram tables are not those of the recipe:
     refuse, or keep everything else and start fresh tables in host memory, at zero. Tables that fit are
@@ -149,6 +159,9 @@ class EvaluateConfig:
     """Steps between evaluations, 0: never; the last step is evaluated too."""
     num_sequences: int = 32
     """Sequences of the held-out split, the same ones each time; a multiple of the data ranks."""
+    num_questions: int = 0
+    """Questions at the end of each held-out document whose answers are scored (niah/accuracy), for
+    documents of `mneme data build niah`; 0: none."""
 
 
 AlarmAction: TypeAlias = Literal["log", "save", "stop"]
@@ -196,14 +209,53 @@ class MonitorConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LaunchConfig:
-    """How ranks are started and stopped on this node."""
+    """How ranks are started, stopped, and started again."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
+    nodes: int = 1
+    """Nodes that the ranks are on, the same number on each."""
     threads_per_rank: int | None = None
     """OMP_NUM_THREADS of a rank; null: cores of the node / ranks on it, at least 1."""
     stop_deadline_seconds: float = 120.0
     """After a stop request, ranks that have not saved and left by then are killed."""
+    max_restarts_without_progress: int = 3
+    """After a crash all ranks are started again from the newest checkpoint, at most so often in a row
+    without a newer checkpoint; 0: never."""
+    join_deadline_seconds: float = 600.0
+    """How long node 0 waits for the other nodes at the start, and for one that was lost."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClusterConfig:
+    """What `mneme launch` asks a cluster for."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    accelerators_per_node: int = 8
+    """Devices that a node has, at least `ranks / launch.nodes`; a job asks for those that it uses."""
+    cpus_per_node: int | None = None
+    """Processor cores to ask for, which Slurm has to be told; null: what the cluster gives."""
+    memory_gib_per_node: int | None = None
+    """Host memory to ask for; null: what the cluster gives."""
+    queue: str | None = None
+    """Partition of Slurm, queue of Volcano; null: the cluster's default."""
+    account: str | None = None
+    """Slurm's account."""
+    time_limit_minutes: int = 1440
+    """Slurm ends a job after this; it saves before, and goes on in the next job."""
+    setup: tuple[str, ...] = ()
+    """Lines of shell before the ranks start on Slurm, such as `module load cuda`."""
+    image: str | None = None
+    """Container image for Kubernetes, Kubeflow and Volcano."""
+    namespace: str = "default"
+    """Kubernetes namespace."""
+    volume_claim: str | None = None
+    """PersistentVolumeClaim that all pods mount: corpora and runs. Has to be ReadWriteMany."""
+    volume_path: str = "/data"
+    """Where pods mount it. Relative paths of the recipe are below it."""
+    env: dict[str, str] = field(default_factory=dict)
+    """Environment variables of all ranks."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -225,3 +277,4 @@ class RunConfig:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)

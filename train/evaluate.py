@@ -11,6 +11,7 @@ from data.faults import Fault
 from data.loader import build_loader
 from train.metrics import Record
 from train.microbatches import forward, split
+from train.recall import NUM_SUMS, recall_record, recall_sums
 from train.step import check_batch
 from train.training import Training
 
@@ -21,14 +22,15 @@ def evaluate(
 ) -> Record:
     """Next-token loss on the first `evaluate.num_sequences` packed sequences of the held-out split.
 
-    Communication: one all-reduce of two numbers over the world, and that of `check_batch`.
+    Communication: one all-reduce of six numbers over the world, and that of `check_batch`.
 
     Args:
         training: the model.
         on_faults: told of the samples that were left out, on the rank that read them.
 
     Returns:
-        `validation/loss` in nats per token, the same on every rank.
+        `validation/loss` in nats per token and `validation/checksum` of the sequences, the same on every
+        rank; with `evaluate.num_questions`, what `train.recall` says.
     """
     config = training.config
     loader = build_loader(
@@ -46,13 +48,18 @@ def evaluate(
         on_faults(batch.faults)
     check_batch(training, batch)
     training.model.eval()
-    sums = torch.zeros(2, dtype=training.sum_dtype, device=training.device)
+    sums = torch.zeros(3 + NUM_SUMS, dtype=training.sum_dtype, device=training.device)
+    microbatches = split(batch, config.train.micro_batch_size)
     memory = training.memory
     with memory.reading(batch) if memory is not None else nullcontext():
-        sums[0] = forward(training, split(batch, config.train.micro_batch_size))[0]
+        sums[0] = forward(training, microbatches)[0]
+        if config.evaluate.num_questions:
+            sums[3:] = recall_sums(training, microbatches, sums)
     labels = training.model.split.of(batch.labels.shape[1]).take(batch.labels)
     # Every stage of a pipeline counts them.
     sums[1] = (labels >= 0).sum() / training.meshes.pp.size()
+    sums[2] = batch.checksum if training.counts_data else 0
     dist.all_reduce(sums)
-    total, tokens = sums.tolist()
-    return {"validation/loss": total / max(1.0, tokens)}
+    total, tokens, checksum = sums[:3].tolist()
+    record: Record = {"validation/loss": total / max(1.0, tokens), "validation/checksum": checksum}
+    return record | recall_record(sums[3:])

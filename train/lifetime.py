@@ -22,6 +22,8 @@ LAUNCHER_PID = "MNEME_LAUNCHER_PID"
 EXIT_CODE_FILE = "MNEME_EXIT_CODE_FILE"
 """Environment variable by which the runner tells a rank where to leave its exit code."""
 
+_TORCH_AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
+
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -75,6 +77,15 @@ def leave(code: int) -> NoReturn:
     os._exit(0 if told is not None and code in SAVED_EXIT_CODES else code)
 
 
+def import_torch_alone() -> None:
+    """Let `import torch`, here and in children, leave packages of vendors to `parallel.backend`.
+
+    By default torch imports all that are installed, and fails if one of them does: Ascend's without
+    CANN's libraries would break even runs on the CPU. A value that the user has set stays.
+    """
+    os.environ.setdefault(_TORCH_AUTOLOAD, "0")
+
+
 @contextmanager
 def fast_imports() -> Iterator[None]:
     """Import here what is large and stays: the garbage collector leaves it alone, then and later.
@@ -82,6 +93,7 @@ def fast_imports() -> Iterator[None]:
     It would go through all the objects of torch again and again while they come to be, which is a
     quarter of the time of the import, and finds nothing.
     """
+    import_torch_alone()
     gc.disable()
     try:
         yield

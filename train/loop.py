@@ -16,13 +16,16 @@ from data.prefetch import prefetch
 from parallel.engram_plan import StepPlan
 from parallel.traffic import take_sent
 from train.build import build
-from train.checkpoint.state import Progress, restore, save
+from train.checkpoint.saver import CheckpointSaver, Committed
+from train.checkpoint.state import Progress, restore
 from train.config import RunConfig
 from train.end_step import end_step
 from train.evaluate import evaluate
+from train.events import append_event
 from train.memory import HostMemory
-from train.metrics import MetricsLog, Record, append_event, open_sinks
+from train.metrics import MetricsLog, Record, open_sinks
 from train.monitor.alarms import Alarms
+from train.recall import learned
 from train.stages import Phase, phases
 from train.step import train_step
 from train.stop import StopRequest
@@ -48,6 +51,9 @@ def train(config: RunConfig, run_dir: Path, stop: StopRequest) -> int:
             stack.callback(training.tables.close)
         peak = find_peak(training)
         log = open_log(training, run_dir, progress.step, peak, stack)
+        committed = partial(log_checkpoint, run_dir)
+        saver = CheckpointSaver(training, run_dir, corpus=corpus, committed=committed)
+        stack.enter_context(saver)
         alarms = Alarms(config.monitor.alarms)
         batches = open_batches(training, progress)
         exit_code = 0
@@ -57,7 +63,7 @@ def train(config: RunConfig, run_dir: Path, stop: StopRequest) -> int:
             fetched = time.perf_counter()
             step = progress.step + 1
             take_sent()  # what came between two steps belongs to none
-            record = train_step(training, batch, step)
+            record = train_step(training, learned(config, batch), step)
             sent = take_sent()
             tokens = progress.tokens + phase.tokens_per_step
             progress = Progress(step=step, tokens=tokens, data_state=data_state)
@@ -72,26 +78,17 @@ def train(config: RunConfig, run_dir: Path, stop: StopRequest) -> int:
             for alarm in raised:
                 append_event(run_dir, step=step, rank=0, event="alarm", detail=alarm.detail)
             actions = [alarm.action for alarm in raised]
-            wishes, totals = end_step(training, stop, actions, sent, batch)
+            wishes, totals = end_step(
+                training, stop, actions, sent, batch, save_failed=saver.failed
+            )
             if log:
                 log.write({"step": step, "tokens": progress.tokens, **record, **totals})
                 log_expert_load(training, log, step)
+            saver.check(wishes.save_failed)
             exit_code = wishes.exit_code
             if wishes.save or due(step, config.checkpoint.every_steps, config.train.steps):
-                path = save(
-                    run_dir,
-                    training.model,
-                    training.engine,
-                    progress,
-                    rng_state=training.backend.rng_state(),
-                    tables=training.tables,
-                    corpus=corpus,
-                    keep_last=config.checkpoint.keep_last,
-                )
+                saver.save(progress, stop.signal_name or ("an alarm" if wishes.save else None))
                 if log:
-                    reason = stop.signal_name or ("an alarm" if wishes.save else None)
-                    detail = f"{path.name} on {reason}" if reason else path.name
-                    append_event(run_dir, step=step, rank=0, event="checkpoint", detail=detail)
                     for line in alarms.unseen():
                         append_event(run_dir, step=step, rank=0, event="alarm_unseen", detail=line)
     if training.memory is not None:
@@ -230,6 +227,19 @@ def log_expert_load(training: Training, log: MetricsLog, step: int) -> None:
     config = training.config
     if due(step, config.monitor.expert_load_every_steps, config.train.steps):
         log.write_expert_load(step, training.expert_load.take())
+
+
+def log_checkpoint(run_dir: Path, found: Committed, reason: str | None) -> None:
+    """Write a commit into `events.jsonl`; called on rank 0 by the thread that saves."""
+    append_event(
+        run_dir,
+        step=found.step,
+        rank=0,
+        event="checkpoint",
+        detail=f"{found.path.name} on {reason}" if reason else found.path.name,
+        blocked_seconds=f"{found.blocked_seconds:.3f}",
+        total_seconds=f"{found.total_seconds:.3f}",
+    )
 
 
 def log_faults(training: Training, run_dir: Path, step: int, faults: Iterable[Fault]) -> None:

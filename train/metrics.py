@@ -6,7 +6,6 @@ records after the restored step are cut off, so no step ever stands in the file 
 
 import json
 import os
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -163,22 +162,3 @@ def cut_back(path: Path, last_step: int) -> None:
     temporary = path.with_suffix(".jsonl.tmp")
     temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
     temporary.replace(path)
-
-
-def append_event(
-    run_dir: Path, *, step: int, rank: int, event: str, detail: str, **more: str
-) -> None:
-    """Add a row to `events.jsonl`: restarts, saves, stops, decisions, and samples left out.
-
-    Args:
-        run_dir: of the run.
-        step: during or after which it happened.
-        rank: that says so.
-        event: its kind.
-        detail: for people.
-        more: further fields of the row.
-    """
-    row = {"time": time.time(), "step": step, "rank": rank, "event": event, "detail": detail}
-    row |= more
-    with (run_dir / "events.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")

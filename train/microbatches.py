@@ -107,7 +107,7 @@ def token_losses(
         number: which of them.
         received: from the stage before, if there is one.
     """
-    output = _run(training, stage, microbatches, number, received)
+    output = run_stage(training, stage, microbatches, number, received)
     assert isinstance(output, TransformerOutput), "not the last stage"
     move, split, batch = training.device, stage.split, microbatches[number]
     labels, documents = batch.labels.to(move), batch.document_ids.to(move)
@@ -129,21 +129,29 @@ def _compute(
         assert isinstance(stage, Transformer)
         if stage.is_last:
             return token_losses(training, stage, microbatches, number, received) / valid
-        output = _run(training, stage, microbatches, number, received)
+        output = run_stage(training, stage, microbatches, number, received)
         assert isinstance(output, Handover)
         return output.tensors()
 
     return compute
 
 
-def _run(
+def run_stage(
     training: Training,
     stage: Transformer,
     microbatches: Sequence[Batch],
     number: int,
-    received: Tensors,
+    received: Tensors = (),
 ) -> TransformerOutput | Handover:
-    """One microbatch through the model or a stage of it."""
+    """One microbatch through the model or a stage of it.
+
+    Args:
+        training: the device.
+        stage: the model, or a stage.
+        microbatches: of this rank.
+        number: which of them.
+        received: from the stage before, if there is one.
+    """
     batch, move = microbatches[number], training.device
     images = batch.vision
     output: TransformerOutput | Handover = stage(

@@ -13,7 +13,7 @@ from typing import NoReturn
 from train.config import RunConfig
 from train.lifetime import die_with_parent, fast_imports, leave
 from train.recipe import load_resolved
-from train.stop import StopRequest
+from train.stop import WRONG_INPUT_EXIT_CODE, StopRequest
 
 Body = Callable[[RunConfig, Path, StopRequest], int]
 """What a rank does, from recipe and run directory; returns the exit code."""
@@ -27,6 +27,9 @@ def run_rank(import_body: Callable[[], Body]) -> NoReturn:
     """
     try:
         exit_code = _main(import_body)
+    except ValueError:  # by the house rule, what a user can fix
+        traceback.print_exc()
+        exit_code = WRONG_INPUT_EXIT_CODE
     except BaseException:
         traceback.print_exc()
         exit_code = 1

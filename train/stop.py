@@ -14,6 +14,8 @@ STOPPED_EXIT_CODE = 85
 
 ALARM_EXIT_CODE = 86
 """Exit code of a rank, and of the command, that saved and left for an alarm: look before you go on."""
+WRONG_INPUT_EXIT_CODE = 2
+"""Exit code of a rank, and of the command, for what the user gave: starting again does not help."""
 SAVED_EXIT_CODES = (STOPPED_EXIT_CODE, ALARM_EXIT_CODE)
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)

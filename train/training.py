@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 
 from data.pictures import VisionGeometry
 from data.resume import owned_items
@@ -41,6 +42,8 @@ class Training:
     """This rank's index among the ranks that see different sequences."""
     data_size: int
     """Number of ranks that see different sequences."""
+    save_group: dist.ProcessGroup
+    """All ranks, over gloo, for what saves checkpoints and for nothing else."""
     memory: HostMemory | None = None
     """Engram's tables of this rank's stages in host memory; None: there are none there."""
     tables: TableCheckpoint | None = None

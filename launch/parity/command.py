@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 
 from launch.compose import RecipeError
@@ -138,6 +139,9 @@ class _Runs:
         Their progress is not part of what the command answers: it goes to stderr.
         """
         run_dir.mkdir()
+        # A layout that fails is a finding.
+        once = replace(config.launch, nodes=1, max_restarts_without_progress=0)
+        config = replace(config, launch=once)
         save_resolved(config, run_dir / "recipe.yaml")
         task.save(run_dir)
         print(f"{run_dir.name}:", file=sys.stderr)

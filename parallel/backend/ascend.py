@@ -18,6 +18,10 @@ class AscendBackend(AcceleratorBackend):
     name = "ascend"
     device_type = "npu"
     process_group_backend = "cpu:gloo,npu:hccl"
+    debugging = (
+        "ASCEND_SLOG_PRINT_TO_STDOUT=1 ASCEND_GLOBAL_LOG_LEVEL=1 make CANN say what it does; "
+        "HCCL_SOCKET_IFNAME names HCCL's network"
+    )
     package = "torch_npu"
     capabilities = Capabilities(
         bf16=True, fp64=False, native_average=False, uneven_all_to_all=True, pinned_memory=True

@@ -5,6 +5,7 @@ what they use. Vendor names appear in this folder and nowhere else (a test searc
 """
 
 import importlib
+import importlib.util
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -44,6 +45,8 @@ class Backend(ABC):
     process_group_backend: ClassVar[str]
     """What torch.distributed is initialised with."""
     capabilities: ClassVar[Capabilities]
+    debugging: ClassVar[str]
+    """What to set so that the collectives library says more, for people who look for a fault."""
     environment: ClassVar[Mapping[str, str]] = MappingProxyType({})
     """Variables that the vendor's libraries read, set where the user has set none."""
 
@@ -112,14 +115,26 @@ class AcceleratorBackend(Backend):
     package: ClassVar[str | None]
     """Package that adds the device to torch; None if torch itself has it."""
 
+    def load(self) -> str | None:
+        """Import the vendor's package, if it is installed; the reason if that fails."""
+        if self.package is None or importlib.util.find_spec(self.package) is None:
+            return None
+        return self._import_error()
+
+    def _import_error(self) -> str | None:
+        if self.package is None:
+            return None
+        try:
+            importlib.import_module(self.package)
+        # OSError: a vendor library that the package links to is missing.
+        except (ImportError, RuntimeError, OSError) as error:
+            return f"`import {self.package}` fails: {error}"
+        return None
+
     def why_unavailable(self) -> str | None:
         """The import error of the vendor's package, or what torch says about the device."""
-        if self.package is not None:
-            try:
-                importlib.import_module(self.package)
-            # OSError: a vendor library that the package links to is missing.
-            except (ImportError, RuntimeError, OSError) as error:
-                return f"`import {self.package}` fails: {error}"
+        if reason := self._import_error():
+            return reason
         module = torch.get_device_module(self.device_type)
         if not module.is_available():
             return f"torch {torch.__version__} finds no {self.device_type} device"

@@ -12,6 +12,7 @@ class CambriconBackend(AcceleratorBackend):
     name = "cambricon"
     device_type = "mlu"
     process_group_backend = "cpu:gloo,mlu:cncl"
+    debugging = "see CNCL's manual for how it logs"
     package = "torch_mlu"
     capabilities = Capabilities(
         bf16=True, fp64=False, native_average=False, uneven_all_to_all=True, pinned_memory=True

@@ -16,6 +16,7 @@ class CpuBackend(Backend):
     name = "cpu"
     device_type = "cpu"
     process_group_backend = "gloo"
+    debugging = "GLOO_SOCKET_IFNAME=lo (or eth0) names the network that gloo uses"
     capabilities = Capabilities(
         bf16=True, fp64=True, native_average=True, uneven_all_to_all=True, pinned_memory=False
     )

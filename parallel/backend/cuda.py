@@ -13,6 +13,7 @@ class CudaBackend(AcceleratorBackend):
     name = "cuda"
     device_type = "cuda"
     process_group_backend = "cpu:gloo,cuda:nccl"
+    debugging = "NCCL_DEBUG=INFO makes NCCL say what it does; NCCL_SOCKET_IFNAME names its network"
     package = None
     capabilities = Capabilities(
         bf16=True, fp64=True, native_average=True, uneven_all_to_all=True, pinned_memory=True

@@ -12,6 +12,10 @@ import torch.distributed as dist
 from jaxtyping import Shaped
 from torch import Tensor
 
+SIMULATED = "simulated_hccl"
+"""Name of the groups of `parallel.backend.simulated`, in which tensors of the host travel by the
+collectives that a device's would."""
+
 
 def reduce_scatter(
     part: Shaped[Tensor, "part *rest"],
@@ -28,7 +32,7 @@ def reduce_scatter(
         summand: of this rank, contiguous.
         group: the ranks that sum.
     """
-    if not _is_on_host(summand):
+    if not _travels_by_gloo(summand, group):
         dist.reduce_scatter_single(part, summand, group=group)
         return
     rank, parts = group.rank(), summand.view(group.size(), *part.shape)
@@ -58,7 +62,7 @@ def all_gather(
         group: the ranks that gather.
         async_op: return at once; `whole` is filled when the returned work is done.
     """
-    if not _is_on_host(part) or group.size() != 2:
+    if not _travels_by_gloo(part, group) or group.size() != 2:
         work: dist.Work | None = dist.all_gather_single(whole, part, group=group, async_op=async_op)
         return work
     mine, other = (whole.view(2, *part.shape)[i] for i in (group.rank(), 1 - group.rank()))
@@ -67,8 +71,8 @@ def all_gather(
     return _swap(other, part, group, async_op=async_op)
 
 
-def _is_on_host(x: Tensor) -> bool:
-    return x.device.type == "cpu"
+def _travels_by_gloo(x: Tensor, group: dist.ProcessGroup) -> bool:
+    return x.device.type == "cpu" and dist.get_backend(group) != SIMULATED
 
 
 def _swap(

@@ -1,21 +1,26 @@
 """Choose the backend of this process; called by `train.build` before anything touches a device."""
 
 import os
+import warnings
 from types import MappingProxyType
 
 import torch
 
 from parallel.backend.ascend import AscendBackend
-from parallel.backend.base import Backend
+from parallel.backend.base import AcceleratorBackend, Backend
 from parallel.backend.cambricon import CambriconBackend
 from parallel.backend.cpu import CpuBackend
 from parallel.backend.cuda import CudaBackend
 from parallel.backend.dry import DryBackend
+from parallel.backend.simulated import SimulatedBackend
 
 BACKENDS: MappingProxyType[str, type[Backend]] = MappingProxyType(
     {
         backend.name: backend
-        for backend in (CpuBackend, CudaBackend, AscendBackend, CambriconBackend, DryBackend)
+        for backend in (
+            *(CpuBackend, CudaBackend, AscendBackend, CambriconBackend),
+            *(SimulatedBackend, DryBackend),
+        )
     }
 )
 """By the name that a recipe uses."""
@@ -51,7 +56,15 @@ def select_backend(name: str) -> Backend:
 
 
 def _detect() -> str:
-    """Name of the backend that drives torch's current accelerator; `cpu` without one of ours."""
+    """Name of the backend that drives torch's current accelerator; `cpu` without one of ours.
+
+    Packages of vendors are imported here, for torch does not do so by itself in our processes (see
+    `train.lifetime.fast_imports`). One that is installed and broken is worth a warning: somebody
+    wanted it, and forgot to install or to source what belongs to it.
+    """
+    for kind in BACKENDS.values():
+        if issubclass(kind, AcceleratorBackend) and (reason := kind().load()):
+            warnings.warn(f"backend {kind.name} cannot be used here: {reason}", stacklevel=3)
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is not None:
         for name, backend in BACKENDS.items():

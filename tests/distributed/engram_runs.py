@@ -11,17 +11,18 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from parallel import engram_files
-from parallel.engram_chain import read_manifest
+from parallel.engram_chain import FOLDER, read_manifest, write_manifest
 from parallel.engram_dirty import DirtyRows
 from parallel.engram_files import TablePlace
 from parallel.engram_rows import Marks
-from parallel.engram_saves import TableSaver
+from parallel.engram_saves import TableSaver, Taken
 from train.checkpoint.commit import (
+    Choice,
     begin,
     checkpoint_path,
+    clean_up,
     commit,
     newest_checkpoint,
-    remove_leftovers,
     remove_old,
 )
 
@@ -137,7 +138,7 @@ class Run:
 
     def restore(self) -> int:
         if dist.get_rank() == 0:
-            remove_leftovers(self.run_dir)
+            clean_up(self.run_dir, Choice(None, (), ()))
         dist.barrier()
         newest = newest_checkpoint(self.run_dir)
         if newest:
@@ -151,18 +152,26 @@ class Run:
             if self.service:
                 self.service.update(self.step)
 
-    def save(self, keep_last: int = 9) -> Path:
-        temporary = checkpoint_path(self.run_dir, self.step).with_suffix(".tmp")
+    def save(
+        self,
+        keep_last: int = 9,
+        keep_every_steps: int = 0,
+        taken: tuple[int, Taken] | None = None,
+    ) -> Path:
+        """Save the tables as they are, or as they were taken after an earlier step."""
+        step, changes = taken or (self.step, self.saver.take())
+        temporary = checkpoint_path(self.run_dir, step).with_suffix(".tmp")
         if dist.get_rank() == 0:
-            begin(self.run_dir, self.step)
+            begin(self.run_dir, step)
         dist.barrier()
-        self.saver.finish(self.saver.start(temporary, self.step))
+        manifest = self.saver.write(temporary, step, changes)
         if dist.get_rank() == 0:
+            write_manifest(temporary / FOLDER, manifest)
             commit(temporary)
-            remove_old(self.run_dir, keep_last)
+            remove_old(self.run_dir, keep_last, keep_every_steps)
         dist.barrier()
-        path = checkpoint_path(self.run_dir, self.step)
-        self.saver.committed(path, self.step)
+        path = checkpoint_path(self.run_dir, step)
+        self.saver.committed(path, step)
         return path
 
     def differences(self) -> int:

@@ -27,6 +27,7 @@ from tests.distributed.test_pipeline_checkpoint import (
 from tests.harness import run_distributed
 from tests.parity.test_engram_prefetch import recipe
 from train.checkpoint.commit import begin, checkpoint_path, commit, newest_checkpoint
+from train.checkpoint.manifest import seal
 from train.checkpoint.memories import read_memories
 from train.checkpoint.state import Progress, write_meta
 from train.config import CheckpointConfig, RunConfig
@@ -178,6 +179,7 @@ def test_other_tables_are_refused_on_all_ranks_before_anything_is_read(
     (copy / "engram").mkdir(parents=True)
     for name in ("checkpoint.json", "engram/geometry.json"):
         (copy / name).write_bytes((newest[1] / name).read_bytes())
+    seal(copy)
     run_distributed(refuses_all, 2, on(tiny_corpus, data_parallel_size=2), tmp_path)
 
 

@@ -24,6 +24,7 @@ from tests.distributed.engram_runs import (
 )
 from tests.harness import fork_ranks, run_distributed
 from train.checkpoint.commit import newest_checkpoint
+from train.checkpoint.manifest import verify
 
 WHOLE = [[1, 3, 5]]
 
@@ -85,6 +86,45 @@ def test_a_base_of_live_tables_and_what_changed_since_are_the_tables(tmp_path: P
     run_distributed(base_while_training, 2, tmp_path)
 
 
+def restored_differences(checkpoint: Path) -> int:
+    """Wrong rows after a checkpoint is read, while others train on."""
+    run = Run(checkpoint.parents[1], WHOLE)
+    run.step = int(checkpoint.name.removeprefix("step-"))
+    run.saver.restore(checkpoint)
+    return run.differences()
+
+
+def base_that_ends_after_taking(rank: int, run_dir: Path) -> None:
+    """A save is written while training goes on, and so is a base: it may hold later rows than the save."""
+    further = threading.Event()
+
+    def pause() -> None:
+        if threading.current_thread().name == "engram base":
+            further.wait(5.0)
+
+    write_slowly(pause, 1024)
+    run = Run(run_dir, WHOLE, max_saves=1)
+    run.train(3)
+    run.save()  # begins the base
+    base = run.saver._base
+    assert base
+    run.train(1)
+    taken = (run.step, run.saver.take())
+    run.train(5)
+    further.set()
+    base.join()
+    path = run.save(taken=taken)
+    assert kinds(path) == [("save", 3), ("save", 4)]
+    assert restored_differences(path) == 0
+    path = run.save()
+    assert kinds(path) == [("base", 3), ("save", 4), ("save", 9)]
+    assert restored_differences(path) == 0
+
+
+def test_a_base_that_ends_while_a_save_is_written_is_for_the_next(tmp_path: Path) -> None:
+    run_distributed(base_that_ends_after_taking, 2, tmp_path)
+
+
 def in_layout(rank: int, run_dir: Path, stages: list[list[int]], saves: int) -> list[int]:
     """Restore, compare, train on and save several times in one layout; the differences."""
     run = Run(run_dir, stages, max_saves=3)
@@ -133,6 +173,28 @@ def in_a_chain(rank: int, run_dir: Path) -> None:
     again = Run(run_dir, WHOLE)
     again.restore()
     assert again.differences() == 0
+
+
+def kept_for_good(rank: int, run_dir: Path) -> None:
+    """Checkpoints between kept ones go, and each that stays is whole by itself."""
+    run = Run(run_dir, WHOLE, max_saves=2)
+    for _ in range(9):
+        run.train(2)
+        run.save(keep_last=1, keep_every_steps=6)
+        if run.saver._base:
+            run.saver._base.join()
+    steps = [6, 12, 18]
+    found = sorted((run_dir / "checkpoints").glob("step-*"))
+    assert [path.name for path in found] == [f"step-{step:08d}" for step in steps]
+    for path in found:
+        assert verify(path) == []
+        assert restored_differences(path) == 0
+    assert {kind for kind, _ in kinds(found[1])} == {"base", "save"}
+    run.saver.close()
+
+
+def test_checkpoints_that_are_kept_for_good_need_none_of_the_others(tmp_path: Path) -> None:
+    run_distributed(kept_for_good, 2, tmp_path)
 
 
 def test_a_checkpoint_keeps_the_files_of_those_that_were_removed(tmp_path: Path) -> None:

@@ -13,87 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-ROOT = Path(__file__).parents[2]
-LAUNCHER = """
-import sys
-from pathlib import Path
-from launch.local import run_ranks
-from parallel.config import ParallelConfig
-from train.config import LaunchConfig, RunConfig, TrainConfig
-
-config = RunConfig(
-    name="toy",
-    parallel=ParallelConfig(data_parallel_size=int(sys.argv[2])),
-    train=TrainConfig(steps=5),
-    launch=LaunchConfig(stop_deadline_seconds=float(sys.argv[3]), threads_per_rank=3),
-)
-code = run_ranks(Path(sys.argv[1]), config, module=sys.argv[4])
-assert "torch" not in sys.modules
-sys.exit(code)
-"""
-
-
-class Launcher:
-    """A launcher process with toy ranks."""
-
-    def __init__(
-        self, run_dir: Path, ranks: int, deadline: float, module: str, toy: dict[str, Any]
-    ) -> None:
-        self.run_dir = run_dir
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", LAUNCHER, str(run_dir), str(ranks), str(deadline), module],
-            env=os.environ | {"TOY": json.dumps(toy), "PYTHONPATH": str(ROOT)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    def wait_for(self, what: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 45
-        while not what():
-            assert time.monotonic() < deadline
-            assert self.process.poll() is None, self.process.communicate()[0]
-            time.sleep(0.01)
-
-    def wait_for_steps(self) -> None:
-        self.wait_for((self.run_dir / "metrics.jsonl").exists)
-
-    def wait_for_both(self, names: str = "pid-*") -> None:
-        self.wait_for(lambda: sum(bool(p.read_text()) for p in self.run_dir.glob(names)) == 2)
-
-    @property
-    def runner(self) -> psutil.Process:
-        launcher = psutil.Process(self.process.pid)
-        self.wait_for(lambda: any("launch.runner" in c.cmdline() for c in launcher.children()))
-        [found] = launcher.children()
-        return found
-
-    def finish(self) -> tuple[int, str]:
-        output, _ = self.process.communicate(timeout=45)
-        return self.process.returncode, output
-
-    def alive(self, names: str = "pid-*") -> list[int]:
-        pids = [int(path.read_text()) for path in self.run_dir.glob(names)]
-        return [pid for pid in pids if is_alive(pid)]
-
-    @property
-    def status(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads((self.run_dir / "status.json").read_text())
-        return found
-
-    @property
-    def exit_codes(self) -> dict[str, int]:
-        """Of the ranks of the newest attempt."""
-        path = max(self.run_dir.glob("logs/attempt-*")) / "exit-codes.json"
-        found: dict[str, int] = json.loads(path.read_text())
-        return found
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+from tests.distributed.launching import ROOT, Launcher
 
 
 @pytest.fixture
@@ -106,7 +26,10 @@ def launch(tmp_path: Path) -> Iterator[Callable[..., Launcher]]:
         module: str = "tests.distributed.toy_rank",
         **toy: Any,
     ) -> Launcher:
-        started.append(Launcher(tmp_path, ranks, deadline, module, toy))
+        launcher = Launcher(
+            tmp_path, toy, ranks=ranks, deadline=deadline, module=module, restarts=0
+        )
+        started.append(launcher)
         return started[-1]
 
     yield start
@@ -305,12 +228,12 @@ def test_a_killed_runner_leaves_nobody_and_is_named(
         launcher.wait_for_both("child-*")
         assert len(launcher.alive()) == len(launcher.alive("child-*")) == 2
     else:
-        launcher.wait_for((launcher.run_dir / "logs/attempt-1/runner.log").exists)
+        launcher.wait_for((launcher.run_dir / "logs/attempt-1/runner-0.log").exists)
     launcher.runner.kill()
     code, output = launcher.finish()
     assert code == 1
     assert "the runner of the ranks was killed by SIGKILL" in output
-    assert str(launcher.run_dir / "logs/attempt-1/runner.log") in output
+    assert str(launcher.run_dir / "logs/attempt-1/runner-0.log") in output
     assert launcher.status["state"] == "failed"
     assert launcher.alive() == launcher.alive("child-*") == []
     assert len(list(launcher.run_dir.glob("pid-*"))) == (2 if moment == "training" else 0)
@@ -326,7 +249,7 @@ def test_a_runner_that_cannot_start_the_ranks_is_named(
     assert code == 1
     assert "the runner of the ranks failed: exit code 1\n" in output
     assert "ValueError: invalid literal" in output
-    assert str(launcher.run_dir / "logs/attempt-1/runner.log") in output
+    assert str(launcher.run_dir / "logs/attempt-1/runner-0.log") in output
     assert not list(launcher.run_dir.glob("pid-*"))
 
 
@@ -335,7 +258,7 @@ def test_a_signal_before_the_runner_has_started_the_ranks_is_kept_for_them(
     launch: Callable[..., Launcher],
 ) -> None:
     launcher = launch(steps=10**6)
-    launcher.wait_for((launcher.run_dir / "logs/attempt-1/runner.log").exists)
+    launcher.wait_for((launcher.run_dir / "logs/attempt-1/runner-0.log").exists)
     # The runner imports torch for a second or more before it starts them.
     launcher.process.send_signal(signal.SIGTERM)
     code, output = launcher.finish()

@@ -15,12 +15,13 @@ from parallel.backend.cpu import CpuBackend
 from parallel.config import ParallelConfig, PipelineSchedule
 from parallel.layout import ParallelLayout
 from parallel.pipeline_stages import SPLIT_BACKWARD
+from tests.checkpoints import save
 from tests.distributed import test_huggingface
 from tests.harness import run_distributed
 from tests.parity.test_layouts import recipe
 from tests.unit.train.checkpoint.runs import exported, read_folder, read_run, same
 from train.build import build
-from train.checkpoint.state import Progress, save
+from train.checkpoint.state import Progress
 from train.config import RunConfig
 from train.loop import open_batches, resume
 from train.recipe import save_resolved
@@ -59,16 +60,7 @@ def join(config: RunConfig) -> Training:
 
 
 def save_to(training: Training, run_dir: Path, progress: Progress) -> None:
-    save(
-        run_dir,
-        training.model,
-        training.engine,
-        progress,
-        rng_state=training.backend.rng_state(),
-        tables=training.tables,
-        corpus=fingerprint(training.config.data),
-        keep_last=9,
-    )
+    save(training, run_dir, progress, corpus=fingerprint(training.config.data))
 
 
 def train_and_save(rank: int, config: RunConfig, run_dir: Path) -> float:

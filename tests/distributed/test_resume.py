@@ -25,6 +25,7 @@ TRAIN = [
     *(f"train.steps={STEPS}", "checkpoint.every_steps=3", "checkpoint.keep_last=9"),
     *("evaluate.every_steps=4", "evaluate.num_sequences=2", "optim.warmup_steps=3"),
     *("model.hidden_size=32", "model.num_layers=2", "model.vocab_size=512", "monitor.wandb=false"),
+    "launch.max_restarts_without_progress=0",
 ]
 DETERMINED = ("step", "tokens", "loss", "loss_main", "loss_mtp", "loss_balance", "grad_norm")
 

@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 from data.loader import build_loader
 from parallel.backend.cpu import CpuBackend
 from parallel.config import ParallelConfig
+from tests.checkpoints import save
 from tests.harness import run_distributed
 from tests.parity.test_layouts import recipe, whole
 from train.build import build
-from train.checkpoint.state import Progress, restore, save
+from train.checkpoint.state import Progress, restore
 from train.config import RunConfig
 from train.step import train_step
 from train.training import Training
@@ -62,16 +63,7 @@ def save_rank(rank: int, config: RunConfig, run_dir: Path) -> tuple[dict[str, An
     training = build(config)
     step_of(training, 1)
     lanes = {f"lane/{training.data_rank}": f"position {training.data_rank}"}
-    save(
-        run_dir,
-        training.model,
-        training.engine,
-        Progress(step=1, tokens=0, data_state=lanes),
-        rng_state=training.backend.rng_state(),
-        tables=training.tables,
-        corpus="",
-        keep_last=1,
-    )
+    save(training, run_dir, Progress(step=1, tokens=0, data_state=lanes))
     saved = numbers(training)
     return saved, step_of(training, 2)
 

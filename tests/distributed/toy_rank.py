@@ -14,13 +14,20 @@ import time
 from pathlib import Path
 from typing import Any
 
-from train.checkpoint.commit import begin, commit, newest_checkpoint
+from train.checkpoint.commit import begin, checkpoint_path, commit, newest_checkpoint
 from train.checkpoint.geometry import Geometry, recipe_geometry, write_geometry
-from train.lifetime import die_with_parent, leave
+from train.lifetime import EXIT_CODE_FILE, die_with_parent, leave
 from train.recipe import load_resolved
-from train.stop import ALARM_EXIT_CODE, STOPPED_EXIT_CODE, StopRequest
+from train.stop import (
+    ALARM_EXIT_CODE,
+    STOPPED_EXIT_CODE,
+    WRONG_INPUT_EXIT_CODE,
+    StopRequest,
+)
 
 RANK = int(os.environ["RANK"])
+ATTEMPT = int(Path(os.environ[EXIT_CODE_FILE]).parent.name.rpartition("-")[2])
+"""The launcher names the folder of logs after it."""
 TOY: dict[str, Any] = json.loads(os.environ.get("TOY", "{}"))
 
 
@@ -51,7 +58,7 @@ class Agreement:
 
 
 def save(run_dir: Path, step: int, geometry: Geometry | None) -> None:
-    if RANK == 0:
+    if RANK == 0 and not checkpoint_path(run_dir, step).exists():
         directory = begin(run_dir, step)
         (directory / "checkpoint.json").write_text("{}")
         if geometry is not None:
@@ -64,7 +71,8 @@ def count(run_dir: Path, stop: StopRequest) -> int:
     step = newest[0] if newest else 0
     agreement = Agreement()
     recipe = run_dir / "recipe.yaml"
-    geometry = recipe_geometry(load_resolved(recipe)) if recipe.exists() else None
+    config = load_resolved(recipe) if recipe.exists() else None
+    geometry = recipe_geometry(config) if config and config.model.engram else None
     while step < TOY.get("steps", 5):
         step += 1
         time.sleep(TOY.get("step_seconds", 0.01))
@@ -72,7 +80,7 @@ def count(run_dir: Path, stop: StopRequest) -> int:
             with (run_dir / "metrics.jsonl").open("a") as file:
                 row = {"step": step, "tokens": 8 * step, "loss": 5.0 / step}
                 file.write(json.dumps(row | {"tokens_per_second": 800.0}) + "\n")
-        if mine("crash"):
+        if mine("crash") and TOY.get("crash_attempts", 10**6) >= ATTEMPT:
             raise ValueError("the toy broke")
         if mine("segfault"):
             os.kill(os.getpid(), signal.SIGSEGV)
@@ -84,6 +92,10 @@ def count(run_dir: Path, stop: StopRequest) -> int:
             save(run_dir, step, geometry)
             time.sleep(60 if mine("hang_on_stop") else 0.3 * RANK)
             return STOPPED_EXIT_CODE
+        if step % TOY.get("save_every", 10**6) == 0:
+            save(run_dir, step, geometry)
+        if mine("crash_after_step") and TOY.get("crash_attempts", 10**6) >= ATTEMPT:
+            os.kill(os.getpid(), signal.SIGKILL)
     save(run_dir, step, geometry)
     return 0
 
@@ -106,6 +118,8 @@ def main() -> int:
     stop.install()
     if mine("bad_exit"):
         return 3
+    if mine("wrong_input"):
+        return WRONG_INPUT_EXIT_CODE
     if not TOY.get("record"):
         return count(run_dir, stop)
     from torch.distributed.elastic.multiprocessing.errors import record

@@ -129,6 +129,7 @@ def plain_training(config: RunConfig) -> Training:
         model=RankModel([model.double()]),
         pipeline=None,
         engine=engine,
+        save_group=dist.new_group(backend="gloo"),
         cross_entropy=summed_cross_entropy,
         data_rank=0,
         data_size=1,

@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 from data.loader import build_loader
 from parallel.backend.cpu import CpuBackend
 from parallel.layout import ParallelLayout
+from tests.checkpoints import save
 from tests.harness import run_distributed
 from tests.parity import test_layouts_pipeline
 from tests.parity.test_layouts import ADAMW, MUON, STEPS, recipe, whole
 from train.build import build
-from train.checkpoint.state import Progress, restore, save
+from train.checkpoint.state import Progress, restore
 from train.config import OptimConfig, RunConfig
 from train.evaluate import evaluate
 from train.step import train_step
@@ -214,18 +215,7 @@ def save_rank(rank: int, config: RunConfig, run_dir: Path) -> dict[str, NDArray[
     batch, lanes = next(batches)
     train_step(training, batch, 1)
     progress = Progress(step=1, tokens=0, data_state=lanes)
-    rng_state = training.backend.rng_state()
-    model, engine = training.model, training.engine
-    save(
-        run_dir,
-        model,
-        engine,
-        progress,
-        rng_state=rng_state,
-        tables=training.tables,
-        corpus="",
-        keep_last=1,
-    )
+    save(training, run_dir, progress)
     return states(training)
 
 

@@ -10,10 +10,11 @@ import pytest
 
 from data.loader import Batch, build_loader
 from parallel.backend.cpu import CpuBackend
+from tests.checkpoints import save
 from tests.harness import run_distributed
 from tests.parity.test_layouts import recipe, whole
 from train.build import build
-from train.checkpoint.state import Progress, restore, save
+from train.checkpoint.state import Progress, restore
 from train.config import RunConfig
 from train.model.attention.config import IndexerConfig, IndexerStage, MlaConfig, YarnConfig
 from train.step import train_step
@@ -136,17 +137,7 @@ def save_in_warm_up(rank: int, config: RunConfig, run_dir: Path) -> dict[str, An
     batch = next(batches_of(training))[0]
     train_step(training, batch, 1)
     progress = Progress(step=1, tokens=0, data_state={f"lane/{rank}": "{}"})
-    state = training.backend.rng_state()
-    save(
-        run_dir,
-        training.model,
-        training.engine,
-        progress,
-        rng_state=state,
-        tables=training.tables,
-        corpus="",
-        keep_last=1,
-    )
+    save(training, run_dir, progress)
     return {name: whole(value) for name, value in training.model.named_parameters()}
 
 

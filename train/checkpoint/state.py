@@ -7,8 +7,8 @@
     data.lane/<number>      the position of each virtual lane of the data, as JSON
     rng.<rank>              random-number state of each rank's device
 
-plus `checkpoint.json` (step, tokens, what the corpus was), and `engram/` (see `tables`) for models
-with Engram. A checkpoint that was imported has only
+plus `checkpoint.json` (step, tokens, what the corpus was), `manifest.json` (all files, see `manifest`),
+and `engram/` (see `tables`) for models with Engram. `saver` writes it. A checkpoint that was imported has only
 weights, the first and third kind: training starts from it at step 0, with the optimizer's states at
 zero and from the beginning of the data. The learning rate is a function of the step and has no
 state. Random-number states are restored in a world of the same size only; nothing that the model
@@ -24,19 +24,12 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
-from train.checkpoint.commit import (
-    begin,
-    checkpoint_path,
-    commit,
-    holds_only_weights,
-    newest_checkpoint,
-    remove_leftovers,
-    remove_old,
-)
+from train.checkpoint.commit import Choice, choose, clean_up, holds_only_weights
+from train.checkpoint.files import ParallelReader
 from train.checkpoint.tables import TableCheckpoint
 from train.engine import DataEngine
+from train.events import append_event
 from train.rank_model import RankModel
 
 FORMAT_VERSION = 2
@@ -53,52 +46,21 @@ class Progress:
     """Key -> JSON: the order, and the lanes that this rank owns."""
 
 
-def save(
-    run_dir: Path,
-    model: RankModel,
-    engine: DataEngine,
-    progress: Progress,
-    *,
-    rng_state: Tensor,
-    tables: TableCheckpoint | None,
-    corpus: str,
-    keep_last: int,
-) -> Path:
-    """Write and commit the checkpoint of `progress.step`, then drop the oldest ones.
+def state_of(
+    model: RankModel, engine: DataEngine, progress: Progress, rng_state: Tensor
+) -> dict[str, Any]:
+    """What this rank saves after `progress.step`, by its names in the checkpoint; live tensors.
 
-    Communication: DCP's planning gathers, two barriers and, with tables, two gathers over the world;
-    what is saved goes from each rank to its own files.
-
-    Raises:
-        RuntimeError: the tables of some rank cannot be saved; nothing is committed, on all ranks alike.
+    Args:
+        model: of the engine.
+        engine: of parameters and optimizer.
+        progress: of the run.
+        rng_state: of this rank's device.
     """
-    first = dist.get_rank() == 0
-    temporary = checkpoint_path(run_dir, progress.step).with_suffix(".tmp")
-    if first:
-        begin(run_dir, progress.step)
-    dist.barrier()
     state: dict[str, Any] = engine.state() | _buffers(model)
     state |= {f"data.{lane}": position for lane, position in progress.data_state.items()}
     state[f"rng.{dist.get_rank()}"] = rng_state
-    changes = tables.start(temporary, progress.step) if tables else None
-    save_distributed(state, checkpoint_id=temporary)
-    if tables:
-        tables.finish(changes)
-    if first:
-        write_meta(
-            temporary,
-            step=progress.step,
-            tokens=progress.tokens,
-            corpus=corpus,
-            world_size=dist.get_world_size(),
-        )
-        commit(temporary)
-        remove_old(run_dir, keep_last)
-    dist.barrier()
-    path = checkpoint_path(run_dir, progress.step)
-    if tables:
-        tables.committed(path, progress.step)
-    return path
+    return state
 
 
 def write_meta(
@@ -141,9 +103,10 @@ def restore(
     tables: TableCheckpoint | None,
     corpus: str,
 ) -> Progress | None:
-    """Load the newest committed checkpoint in place; None where there is none.
+    """Load the newest checkpoint that is whole in place; None where there is none.
 
-    What a kill left of a save is removed first.
+    What a kill left is removed first, and damaged checkpoints are set aside; both is written to
+    `events.jsonl`.
 
     From a checkpoint of only weights, the optimizer's states and `rng_state` stay as they are and
     there are no data positions.
@@ -157,13 +120,14 @@ def restore(
         tables: of the model; those in host memory must be at zero, and are overwritten.
         corpus: fingerprint of today's corpus.
 
+    Communication: a broadcast over the world, and DCP's.
+
     Raises:
         ValueError: the checkpoint's corpus is another one, so its data positions mean nothing here; or
-            its Engram tables are, or some of their files is missing or damaged.
+            its Engram tables are, or some of their files is missing or damaged; or no checkpoint
+            is whole. On all ranks alike.
     """
-    if dist.get_rank() == 0:
-        remove_leftovers(run_dir)
-    newest = newest_checkpoint(run_dir)
+    newest = _newest(run_dir)
     if newest is None:
         return None
     step, path = newest
@@ -177,7 +141,7 @@ def restore(
         tables.check(path, run_dir)
     if holds_only_weights(path):
         state = engine.state(only_weights=True) | _buffers(model)
-        load(state, checkpoint_id=path)
+        load(state, storage_reader=ParallelReader(path))
         engine.load_state(state)
         if tables:
             tables.restore(path)
@@ -190,12 +154,47 @@ def restore(
     state = engine.state() | _buffers(model) | {f"data.{lane}": "" for lane in lanes}
     if meta["world_size"] == dist.get_world_size():
         state[f"rng.{dist.get_rank()}"] = rng_state
-    load(state, checkpoint_id=path)
+    load(state, storage_reader=ParallelReader(path))
     engine.load_state(state)
     if tables:
         tables.restore(path)
     positions = {k.removeprefix("data."): v for k, v in state.items() if k.startswith("data.")}
     return Progress(step=step, tokens=meta["tokens"], data_state=positions)
+
+
+def _newest(run_dir: Path) -> tuple[int, Path] | None:
+    """Where to resume, as rank 0 finds it: the others need not see the same directory at the same time.
+
+    Communication: a broadcast over the world.
+
+    Raises:
+        ValueError: no checkpoint is whole; on all ranks alike.
+    """
+    answer: list[tuple[tuple[int, Path] | None, str]] = [(None, "")]
+    if dist.get_rank() == 0:
+        try:
+            choice = choose(run_dir)
+            clean_up(run_dir, choice)
+            _report(run_dir, choice)
+            answer = [(choice.newest, "")]
+        except (ValueError, OSError) as error:
+            answer = [(None, str(error))]
+    dist.broadcast_object_list(answer)
+    newest, problem = answer[0]
+    if problem:
+        raise ValueError(problem)
+    return newest
+
+
+def _report(run_dir: Path, choice: Choice) -> None:
+    """Write what is not resumed from into `events.jsonl`."""
+    step = choice.newest[0] if choice.newest else 0
+    for skipped in choice.damaged:
+        detail = f"{skipped}; kept as {skipped.path.name}.damaged"
+        append_event(run_dir, step=step, rank=0, event="skipped_checkpoint", detail=detail)
+    for skipped in choice.leftovers:
+        detail = f"{skipped}; removed"
+        append_event(run_dir, step=step, rank=0, event="skipped_checkpoint", detail=detail)
 
 
 def _buffers(model: RankModel) -> dict[str, Any]:

@@ -10,8 +10,9 @@ from typing import cast
 
 import torch.distributed as dist
 
+from parallel.engram_chain import FOLDER, Manifest, write_manifest
 from parallel.engram_files import TablePlace
-from parallel.engram_saves import Save, TableSaver
+from parallel.engram_saves import TableSaver, Taken
 from train.checkpoint.geometry import (
     Geometry,
     differences,
@@ -21,6 +22,7 @@ from train.checkpoint.geometry import (
     write_geometry,
 )
 from train.checkpoint.hashes import hash_of
+from train.checkpoint.manifest import FileHash
 from train.config import RunConfig
 from train.memory import HostMemory
 from train.memory_rules import tables_in_host_memory
@@ -38,6 +40,7 @@ class TableCheckpoint:
         memory: their tables, if there are any here and they are in host memory.
         rank: in the pipeline stage.
         ranks: of the pipeline stage.
+        save_group: all ranks of the world, for saves alone.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class TableCheckpoint:
         *,
         rank: int,
         ranks: int,
+        save_group: dist.ProcessGroup,
     ) -> None:
         self._config = config
         own: Geometry = recipe_geometry(config) | {"hash": hash_of(engrams)}
@@ -62,6 +66,7 @@ class TableCheckpoint:
                 [TablePlace(table.layer, table.first_row, table.num_rows) for table in places],
                 rank=rank,
                 ranks=ranks,
+                group=save_group,
             )
         self.fresh_because: list[str] = []
         """Why the tables of the checkpoint were left where they are; empty if they were read."""
@@ -87,24 +92,39 @@ class TableCheckpoint:
         if self._saver is not None and not self.fresh_because:
             self._saver.restore(checkpoint)
 
-    def start(self, directory: Path, step: int) -> Save | None:
-        """Begin to write what belongs to the checkpoint of a step.
+    def take(self) -> Taken | None:
+        """Let the rows that changed be copied, between the updates of this step and of the next."""
+        return None if self._saver is None else self._saver.take()
 
-        Raises:
-            RuntimeError: the tables of some rank have failed; on all ranks alike.
-        """
-        if dist.get_rank() == 0:
-            write_geometry(directory, self._geometry)
-        return None if self._saver is None else self._saver.start(directory, step)
+    def write(self, directory: Path, step: int, taken: Taken | None) -> Manifest | None:
+        """Write the rows that changed up to a step; None without tables in host memory.
 
-    def finish(self, save: Save | None) -> None:
-        """Return when everything is written, so that the checkpoint may be committed.
+        Args:
+            directory: of the checkpoint, not yet committed.
+            step: optimizer steps so far.
+            taken: by `take`, after that step.
+
+        Returns:
+            For `seal`; the same on all ranks.
 
         Raises:
             RuntimeError: some rank could not write; on all ranks alike.
         """
-        if self._saver is not None and save is not None:
-            self._saver.finish(save)
+        if self._saver is None or taken is None:
+            return None
+        return self._saver.write(directory, step, taken)
+
+    def seal(self, directory: Path, manifest: Manifest | None) -> list[FileHash]:
+        """On rank 0: complete what belongs to a checkpoint, so that it may be committed.
+
+        Returns:
+            Hashes of the files with rows, of all ranks and times.
+        """
+        write_geometry(directory, self._geometry)
+        if manifest is None:
+            return []
+        write_manifest(directory / FOLDER, manifest)
+        return [FileHash(f"{FOLDER}/{e.name}", e.size, e.sha256) for e in manifest.entries]
 
     def committed(self, checkpoint: Path, step: int) -> None:
         """Take note of a commit."""

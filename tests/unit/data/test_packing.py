@@ -138,3 +138,14 @@ def test_pieces_must_fit_the_sequence() -> None:
 def test_a_picture_is_never_cut() -> None:
     with pytest.raises(AssertionError):
         pack([[Piece(pictures(), 0, 3, 0, 0)]], rules(3, VISION))
+
+
+def test_checksums_of_parts_add_up_and_see_every_token_and_label() -> None:
+    rows = [[piece(A, 0, 4), piece(B, 0, 3)], [piece(B, 3, 8), piece(C, 0, 1)]]
+    whole = pack(rows, rules(7))
+    assert whole.checksum == sum(pack([row], rules(7)).checksum for row in rows)
+    assert whole.checksum == pack(rows[::-1], rules(7)).checksum
+    for tensor in (whole.input_ids, whole.labels):
+        before = whole.checksum
+        tensor[1, 2] += 1
+        assert whole.checksum != before

@@ -1,8 +1,8 @@
 """Stands in for `mneme train` and `mneme resume` in tests of studies: no model, known losses.
 
 Call: `fake_trainer.py LOG train RECIPE [k=v ...] --run-dir DIR` or `... LOG resume DIR`. The loss
-of a run is 3 + its seed / 2, plus 0.1 without Engram, plus 0.01 more for every odd seed then.
-`LOG` gets a line per call; a file `DIR.exit` holds the exit code of the next call, a file
+of a run is 3 + its seed / 2, plus 0.1 without Engram, plus 0.01 more for every odd seed then. The
+batches of a step have the checksum 1000 seed + step; a file `DIR.other-data` makes it another. `LOG` gets a line per call; a file `DIR.exit` holds the exit code of the next call, a file
 `DIR.signal` makes the call signal its parent and wait for the signal to come back.
 """
 
@@ -25,8 +25,18 @@ def finish(run_dir: Path) -> None:
     config = load_resolved(run_dir / "recipe.yaml")
     seed = config.train.seed
     loss = 3 + seed / 2 + (0.1 + 0.01 * (seed % 2) if config.model.engram is None else 0.0)
-    rows = [{"step": step, "tokens": 8 * step, "loss_main": loss} for step in range(1, 21)]
-    rows[-1]["validation/loss"] = loss
+    shift = 1 if run_dir.with_name(run_dir.name + ".other-data").exists() else 0
+    rows = [
+        {
+            "step": step,
+            "tokens": 4096 * step,
+            "loss_main": loss,
+            "tokens_per_second": 1000.0,
+            "data/checksum": 1000 * seed + step + shift,
+        }
+        for step in range(1, config.train.steps + 1)
+    ]
+    rows[-1] |= {"validation/loss": loss, "validation/checksum": seed}
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (run_dir / "status.json").write_text('{"state": "done"}')
 

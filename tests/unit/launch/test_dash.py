@@ -10,7 +10,8 @@ from urllib.parse import urlencode
 import pytest
 
 from launch.dash.server import ASSETS, DashServer, serve
-from train.metrics import append_event, cut_back
+from train.events import append_event
+from train.metrics import cut_back
 
 RUN = "study-engram/on-seed0"
 

@@ -15,8 +15,9 @@ import pytest
 
 from launch.dash.server import DashServer
 from tests.chromium import Watched, chromium_page
+from train.events import append_event
 from train.expert_load import encode
-from train.metrics import append_event, cut_back
+from train.metrics import cut_back
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(150)]
 

@@ -9,8 +9,9 @@ import pytest
 
 from launch.dash.heat import LOAD, Loads, sites
 from launch.dash.table import Ask, RunTable, buckets
+from train.events import append_event
 from train.expert_load import encode
-from train.metrics import append_event, cut_back
+from train.metrics import cut_back
 
 
 def write(run_dir: Path, steps: range, **more: float) -> None:

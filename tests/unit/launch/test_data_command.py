@@ -218,3 +218,19 @@ def test_pictures_are_added_to_the_quickstart_corpus(
     assert say(capsys, "data build quickstart_mm -o c")[0] == 0
     assert say(capsys, "data build quickstart -o c")[0] == 0
     assert files(Path("c")) == before
+
+
+def test_needles_want_a_corpus_to_hide_in(
+    tiny_corpus: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, _, problem = say(capsys, "data build niah -o c")
+    assert (code, problem) == (2, "c: no corpus there; make it with: mneme data build quickstart\n")
+    Path("c").symlink_to(tiny_corpus)
+    code, _, problem = say(capsys, "data build niah -o c")
+    assert code == 2
+    assert "words of one token" in problem
+    assert not (tiny_corpus / "niah").exists()

@@ -5,6 +5,7 @@ import pytest
 
 from launch.inspect_run import print_logs, print_status
 from launch.run_dir import RunDirError, held, write_status
+from train.events import append_event
 
 
 @pytest.fixture
@@ -72,3 +73,13 @@ def test_a_directory_without_a_run_is_named(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").touch()
     with pytest.raises(RunDirError, match="no rank has started yet"):
         print_logs(tmp_path, rank=None)
+
+
+def test_a_run_that_waits_in_a_queue_is_submitted(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run_dir / "status.json").unlink()
+    append_event(run_dir, step=0, rank=0, event="submit", detail="slurm job 12")
+    print_status(run_dir, as_json=True)
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["state"], answer["reason"]) == ("submitted", "slurm job 12, has not started yet")

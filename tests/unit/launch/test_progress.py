@@ -18,7 +18,7 @@ from rich.console import Console
 
 from launch.live import RunView, ranks_alive, sparkline
 from launch.progress import ProgressLine
-from train.metrics import append_event
+from train.events import append_event
 
 
 def write(run_dir: Path, *steps: int) -> None:

@@ -10,8 +10,8 @@ from matplotlib.image import imread
 
 from launch.report import write_report
 from tests.chromium import chromium_page
+from train.events import append_event
 from train.expert_load import encode
-from train.metrics import append_event
 
 RECIPE: dict[str, object] = {
     "name": "tiny",

@@ -1,5 +1,7 @@
 import json
 import os
+import platform
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -111,3 +113,19 @@ def test_a_run_is_held_by_one(tmp_path: Path) -> None:
     assert not is_held(tmp_path)
     with held(tmp_path):
         pass
+
+
+def test_a_launcher_on_another_machine_keeps_others_out_while_it_gives_signs_of_life(
+    tmp_path: Path,
+) -> None:
+    """Locks may not reach from one machine to the other; the file and its time do."""
+    lock = tmp_path / ".lock"
+    lock.write_text("another-host")
+    assert is_held(tmp_path)
+    with pytest.raises(RunDirError, match="another mneme process on another-host"), held(tmp_path):
+        pass
+    os.utime(lock, (time.time() - 31, time.time() - 31))
+    assert not is_held(tmp_path)
+    with held(tmp_path):
+        assert lock.read_text() == platform.node()
+    assert lock.read_text() == ""

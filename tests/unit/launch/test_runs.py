@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from launch.runs import JsonLines, find_runs, read_events, read_metrics, read_status, summarize
-from train.metrics import append_event, cut_back
+from train.events import append_event
+from train.metrics import cut_back
 
 
 def append(run_dir: Path, steps: Iterable[int], **extra: float) -> None:

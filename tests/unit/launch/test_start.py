@@ -10,7 +10,10 @@ from launch.compose import RecipeError
 from launch.run_dir import RunDirError, held
 from train.recipe import load_resolved
 
-SMALL = ["parallel.data_parallel_size=1", "parallel.expert_parallel_size=1", "train.steps=20"]
+SMALL = [
+    *("parallel.data_parallel_size=1", "parallel.expert_parallel_size=1", "train.steps=20"),
+    "launch.max_restarts_without_progress=0",
+]
 Environment = Callable[..., None]
 
 
@@ -169,3 +172,20 @@ def test_fresh_tables_are_started_once(
     assert start.resume(run_dir, more_rows[:1]) == 0
     assert "  checkpoint.unfit_tables: fresh -> refuse\n" in capsys.readouterr().out
     assert load_resolved(run_dir / "recipe.yaml").checkpoint.unfit_tables == "refuse"
+
+
+def test_backends_that_train_nothing_are_refused_before_anything_starts(
+    toy: Environment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(RecipeError, match=r"parallel\.backend=dry: plans only"):
+        train("parallel.backend=dry")
+    monkeypatch.setenv("MNEME_BACKEND", "abacus")
+    with pytest.raises(RecipeError, match="MNEME_BACKEND=abacus: no such backend; use one of auto"):
+        train()
+    monkeypatch.setenv("MNEME_BACKEND", "simulated")
+    assert train() == 0
+
+
+def test_a_run_on_several_nodes_is_not_for_this_command(toy: Environment) -> None:
+    with pytest.raises(RecipeError, match=r"launch\.nodes=2: this command runs on one node"):
+        start.train("v4_nano", ["launch.nodes=2", "data.num_workers=0"], nproc=None, run_dir=None)

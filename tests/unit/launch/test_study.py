@@ -1,26 +1,39 @@
 import re
 import signal
 import sys
-from math import gamma, pi, sqrt
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
 
 from launch.catalog import options
-from launch.study import load_study, run_study
-from launch.study_report import Difference, arm_curve, paired_difference, verdict
+from launch.study import UNFAIR, run_study
+from launch.study_config import load_study
 
 STUDY = {
     "name": "memory",
     "description": "With and without memory",
     "question": "Does memory help?",
+    "expectation": "A paper says so.",
+    "scale_note": "This is tiny.",
     "recipe": "v4_nano",
-    "overrides": ["train.steps=20"],
     "arms": {"on": [], "off": ["model.engram=null"]},
+    "hypotheses": [
+        {"name": "helps", "statement": "memory lowers the loss", "arm": "on", "against": "off"},
+        {
+            "name": "low",
+            "statement": "the loss with memory is below 3.2",
+            "arm": "on",
+            "metric": "validation/loss",
+            "below": 3.2,
+        },
+    ],
+    "budget_tokens": 20 * 16 * 256,
     "seeds": 2,
 }
+
+
+CLAIM = {"name": "helps", "statement": "it helps", "arm": "on", "against": "off"}
 
 
 class Workshop:
@@ -57,7 +70,7 @@ def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workshop:
     return Workshop(tmp_path)
 
 
-def test_every_arm_trains_at_every_seed_and_the_report_compares_them_in_pairs(
+def test_every_arm_trains_at_every_seed_and_the_report_decides(
     workshop: Workshop, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert workshop.run() == 0
@@ -67,21 +80,41 @@ def test_every_arm_trains_at_every_seed_and_the_report_compares_them_in_pairs(
     assert (recipe["train"]["seed"], recipe["train"]["steps"]) == (1, 20)
 
     printed = capfd.readouterr().out
-    assert re.findall(r"\[\d/\d\]", printed) == ["[1/4]", "[2/4]", "[3/4]", "[4/4]"]
+    assert re.findall(r"\[\d/\d\]", printed) == [f"[{n}/4]" for n in (1, 1, 2, 2, 3, 3, 4, 4)]
+    assert "[2/4] off, seed 0: held-out loss 3.1000, about 0 min left" in printed
     text = (workshop.directory / "report" / "report.md").read_text()
-    assert "| on |  | 2 | 20 | 3.2500 +- 0.3536 | 3.2500 +- 0.3536 |" in text
-    assert "| off | model.engram=null | 2 | 20 | 3.3550 +- 0.3606 |" in text
     # Unpaired, 0.105 would drown in the deviation of 0.36 between seeds.
     sentence = (
-        "off - on: held-out loss +0.1050 (standard error 0.0050 over 2 paired seeds, "
-        "95 % interval +0.0415 to +0.1685): on is better."
+        "helps: memory lowers the loss: supported at this budget (on - off: validation/loss -0.105, "
+        "95 % interval -0.1685 to -0.04147 over 2 seeds, p = 0.03)."
     )
-    assert sentence in text
-    assert sentence in printed
-    assert "Does memory help?" in text
+    bound = (
+        "low: the loss with memory is below 3.2: undecided at this budget (on: validation/loss is "
+        "3 to 3.5, below 3.2 at 1 of 2 seeds)."
+    )
+    for line in (sentence, bound):
+        assert line in text
+        assert line in printed
+    for line in (*(str(STUDY[key]) for key in ("question", "expectation", "scale_note")),):
+        assert line in text
+    assert "FAILED" not in text
 
     assert workshop.run() == 0
     assert workshop.calls() == []
+
+
+def test_runs_on_other_data_void_every_verdict(
+    workshop: Workshop, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (workshop.directory / "off-seed0.other-data").touch()
+    assert workshop.run(seeds=1) == UNFAIR
+    text = (workshop.directory / "report" / "report.md").read_text()
+    assert (
+        "FAILED: same batches in the same order in all arms: off differs from on at seed 0" in text
+    )
+    assert "lowers the loss: void, for a check has failed (" in text
+    assert ": undecided" not in text
+    assert "not fair" in capfd.readouterr().err
 
 
 @pytest.mark.slow
@@ -116,7 +149,9 @@ def test_a_stop_request_reaches_the_training_process(workshop: Workshop) -> None
     ("overrides", "message"),
     [
         (["model.hiden_size=3"], r"on: model\.hiden_size=3: no such key.*\noff: "),
-        (["train.seed=7"], r"on: train\.seed=7: a study sets the seeds itself"),
+        (["train.seed=7"], r"train\.seed=7: a study sets the seeds itself"),
+        (["train.steps=7"], r"train\.steps=7: a study computes the steps; change budget_tokens"),
+        (["train.global_batch_size=48"], r"budget_tokens=81920: must be a multiple .*; use 86016"),
     ],
 )
 def test_a_wrong_override_fails_before_anything_runs(
@@ -131,15 +166,33 @@ def test_a_wrong_override_fails_before_anything_runs(
 def test_a_run_of_another_recipe_is_never_mixed_in(workshop: Workshop) -> None:
     assert workshop.run(seeds=1) == 0
     workshop.calls()
-    with pytest.raises(ValueError, match=r"on-seed0: holds a run .*, this one has train\.steps=30"):
-        workshop.run("train.steps=30", seeds=1)
+    problem = r"on-seed0: holds a run .*, this one has optim\.learning_rate=0\.1"
+    with pytest.raises(ValueError, match=problem):
+        workshop.run("optim.learning_rate=0.1", seeds=1)
     assert workshop.calls() == []
 
 
-def test_arms_that_are_the_same_recipe_are_refused(workshop: Workshop) -> None:
-    workshop.study.write_text(yaml.safe_dump(STUDY | {"arms": {"a": [], "b": ["train.steps=20"]}}))
-    with pytest.raises(ValueError, match="a and b: the same recipe"):
+@pytest.mark.parametrize(
+    ("arms", "message"),
+    [
+        ({"on": [], "off": ["train.dtype=fp32"]}, "on and off: the same recipe"),
+        (
+            {"on": [], "off": ["data.packing=best_fit"]},
+            r"off: data\.packing=best_fit, not as in on: arms differ in the model .*, never in data",
+        ),
+        (
+            {"on": [], "off": ["train.global_batch_size=32"]},
+            r"off: train\.global_batch_size=32, not as in on",
+        ),
+    ],
+)
+def test_arms_have_to_differ_in_what_is_studied_and_in_nothing_else(
+    workshop: Workshop, arms: dict[str, list[str]], message: str
+) -> None:
+    workshop.study.write_text(yaml.safe_dump(STUDY | {"arms": arms}, sort_keys=False))
+    with pytest.raises(ValueError, match=message):
         workshop.run()
+    assert workshop.calls() == []
 
 
 @pytest.mark.parametrize(
@@ -151,13 +204,27 @@ def test_arms_that_are_the_same_recipe_are_refused(workshop: Workshop) -> None:
         ({"seeds": 0}, "seeds"),
         ({"seed": 3}, "seed: Unexpected"),
         ({"name": "a/b"}, "name"),
+        ({"budget_tokens": 0}, "budget_tokens"),
+        (
+            {"controls": {"more": {"base": "of", "match": "on"}}},
+            r"controls\.more\.base=of: no such",
+        ),
+        ({"controls": {"more": {"base": "off", "match": "on"}}}, "varies nothing"),
+        ({"controls": {"on": {"base": "off", "match": "on", "flops": "x"}}}, "is an arm too"),
+        ({"hypotheses": []}, "hypotheses"),
+        (
+            {"hypotheses": [CLAIM | {"arm": "of"}]},
+            r"hypotheses\.0\.arm=of: no such arm; use on, off",
+        ),
+        ({"hypotheses": [CLAIM | {"against": "on"}]}, "is the arm itself"),
+        ({"hypotheses": [CLAIM | {"above": 1}]}, "compares with nothing or with two things"),
     ],
 )
 def test_a_wrong_study_is_refused_by_name(
     tmp_path: Path, change: dict[str, object], message: str
 ) -> None:
     path = tmp_path / "study.yaml"
-    path.write_text(yaml.safe_dump(STUDY | change))
+    path.write_text(yaml.safe_dump(STUDY | change, sort_keys=False))
     with pytest.raises(ValueError, match=message):
         load_study(str(path))
 
@@ -174,43 +241,3 @@ def test_packaged_studies_are_valid(
     assert load_study(name).name == name
     # `false` stands for a trainer that fails at once: every arm has been composed by then.
     assert run_study(name, seeds=None, runs_dir=tmp_path, overrides=[], command=["false"]) == 1
-
-
-def test_intervals_are_those_of_student() -> None:
-    """Numerical integration of Student's density over the interval gives 95 %."""
-    for num_seeds in range(2, 12):
-        difference = Difference(mean=0.0, standard_error=1.0, num_seeds=num_seeds)
-        assert difference.half_width is not None
-        freedom = num_seeds - 1
-        scale = gamma((freedom + 1) / 2) / (gamma(freedom / 2) * sqrt(freedom * pi))
-        x = np.linspace(-difference.half_width, difference.half_width, 100_001)
-        density = scale * (1 + x**2 / freedom) ** (-(freedom + 1) / 2)
-        assert np.trapezoid(density, x) == pytest.approx(0.95, abs=5e-5)  # three decimals
-
-
-def test_the_standard_error_is_that_of_the_paired_differences() -> None:
-    difference = paired_difference([1.0, 2.0, 4.0], [0.5, 2.0, 3.0])
-    gaps = np.array([0.5, 0.0, 1.0])
-    assert difference.mean == pytest.approx(gaps.mean())
-    assert difference.standard_error == pytest.approx(gaps.std(ddof=1) / np.sqrt(3))
-
-
-def test_verdicts_claim_no_more_than_the_seeds_show() -> None:
-    def say(mean: float, error: float | None, seeds: int) -> str:
-        difference = Difference(mean=mean, standard_error=error, num_seeds=seeds)
-        return verdict("b", "a", "training", difference)
-
-    assert "undecided" in say(-5.0, None, 1)
-    # Three standard errors: not enough for 2 seeds, enough for 10.
-    assert "undecided" in say(-0.3, 0.1, 2)
-    assert say(-0.3, 0.1, 10).endswith("b is better.")
-    assert say(0.3, 0.1, 10).endswith("a is better.")
-    assert "undecided" in say(0.19, 0.1, 1000)
-
-
-def test_a_band_spans_the_seeds_as_far_as_all_of_them_go() -> None:
-    short = [{"tokens": t, "loss_main": 1.0} for t in (8, 16)]
-    long = [{"tokens": t, "loss_main": 3.0} for t in (8, 16, 24)]
-    curve = arm_curve("x", [long, short])
-    assert (curve.tokens, curve.loss) == ([8, 16], [2.0, 2.0])
-    assert (curve.low, curve.high) == ([1.0, 1.0], [3.0, 3.0])

@@ -30,12 +30,18 @@ def changed(config: RunConfig, **values: Any) -> RunConfig:
 def test_the_quick_start_is_valid(nano: RunConfig) -> None:
     assert validate(nano) == []
     assert validate(nano, nproc=4) == []
+    assert validate(changed(nano, parallel__backend="simulated")) == []
     assert world_size(nano) == 4
 
 
 @pytest.mark.parametrize(
     ("values", "start", "fix"),
     [
+        (
+            {"train__dtype": "fp64", "parallel__backend": "simulated"},
+            "train.dtype=fp64: parallel.backend=simulated has none",
+            "use fp32 or bf16, or parallel.backend=cpu",
+        ),
         (
             {"train__global_batch_size": 18},
             "train.global_batch_size=18: must be a multiple of parallel.data_parallel_size=4",
@@ -280,6 +286,21 @@ def test_the_quick_start_is_valid(nano: RunConfig) -> None:
         ({"optim__beta2": 1.0}, "optim.beta2=1.0: must be below 1", "for example optim.beta2=0.9"),
         ({"optim__final_fraction": 1.5}, "optim.final_fraction=1.5: is a fraction", "0 to 1"),
         ({"launch__threads_per_rank": 0}, "launch.threads_per_rank=0: must be positive", ""),
+        (
+            {"evaluate__num_questions": 4, "parallel__context_parallel_size": 2},
+            "evaluate.num_questions=4: answers are scored where a rank has all of the model",
+            "parallel.context_parallel_size=2; use 1, or evaluate.num_questions=0",
+        ),
+        (
+            {"train__answers_only": True},
+            "evaluate.num_questions=0: train.answers_only=true leaves nothing to learn",
+            "such as evaluate.num_questions=4",
+        ),
+        (
+            {"evaluate__num_questions": 64},
+            "evaluate.num_questions=64: a sequence of data.sequence_length=256 holds 63 at most",
+            "use 63 or fewer",
+        ),
     ],
 )
 def test_a_broken_rule(nano: RunConfig, values: dict[str, Any], start: str, fix: str) -> None:

@@ -17,7 +17,7 @@ from parallel.backend.base import AcceleratorBackend, Backend
 from parallel.backend.cambricon import CambriconBackend
 from parallel.backend.cuda import CudaBackend
 from parallel.backend.select import BACKENDS, select_backend
-from parallel.config import BackendName
+from parallel.config import BACKENDS_WITHOUT_FP64, BackendName
 
 ROOT = Path(parallel.__file__).resolve().parents[1]
 
@@ -29,6 +29,11 @@ def no_override(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_name_of_the_recipe_has_a_backend_and_the_reverse() -> None:
     assert set(get_args(BackendName)) == {"auto", *BACKENDS}
+
+
+def test_what_is_said_without_torch_about_fp64_is_what_capabilities_say() -> None:
+    without = {name for name, backend in BACKENDS.items() if not backend.capabilities.fp64}
+    assert without == BACKENDS_WITHOUT_FP64
 
 
 def test_environment_variable_overrides_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,6 +55,17 @@ def test_auto_follows_torch_and_falls_back_to_the_host(
     monkeypatch.setattr(CudaBackend, "why_unavailable", lambda self: None)
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
     assert select_backend("auto").name == expected
+
+
+def test_auto_warns_of_an_installed_package_that_is_broken(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As torch_mlu without its libraries is: somebody wanted it."""
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
+    (tmp_path / "torch_mlu.py").write_text("raise OSError('libcndrv.so: no such file')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.warns(UserWarning, match="backend cambricon cannot be used here: .*libcndrv.so"):
+        assert select_backend("auto").name == "cpu"
 
 
 def test_default_environment_yields_to_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,7 +101,7 @@ def test_names_agree_with_deepspeed() -> None:
     ours = {
         name: (backend.device_type, backend.process_group_backend.rpartition(":")[2])
         for name, backend in BACKENDS.items()
-        if name != "dry"
+        if name not in ("dry", "simulated")
     }
     code = """
 import json, sys

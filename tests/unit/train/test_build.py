@@ -3,8 +3,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from parallel.backend.cpu import CpuBackend
+from parallel.backend.simulated import SimulatedBackend
 from parallel.torch_compat import find_cpp_compiler
 from train import build
+from train.config import RunConfig, TrainConfig
 from train.model.config import HyperConnectionConfig, ModelConfig
 
 COMPILED = ModelConfig(residual="mhc", hyper_connection=HyperConnectionConfig(compile=True))
@@ -19,6 +22,16 @@ def test_compiled_passes_without_a_compiler_are_refused(monkeypatch: pytest.Monk
     build.check_compiler(ModelConfig(), cpu)
     monkeypatch.setattr(build, "find_cpp_compiler", lambda: "g++")
     build.check_compiler(COMPILED, cpu)
+
+
+def test_fp64_is_refused_where_there_is_none() -> None:
+    config = RunConfig(name="n", train=TrainConfig(dtype="fp64"))
+    with pytest.raises(
+        ValueError, match=r"train\.dtype=fp64: backend simulated has none; use fp32"
+    ):
+        build.check_dtype(config, SimulatedBackend())
+    build.check_dtype(config, CpuBackend())
+    build.check_dtype(RunConfig(name="n", train=TrainConfig(dtype="bf16")), SimulatedBackend())
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from train.metrics import MetricsLog, TensorBoardSink, append_event
+from train.events import append_event
+from train.metrics import MetricsLog, TensorBoardSink
 
 
 def steps(path: Path) -> list[int]:

@@ -1,0 +1,1 @@
+"""What every backend must be able to do: one suite, for the tests and for `mneme doctor`."""

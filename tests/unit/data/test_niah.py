@@ -1,0 +1,105 @@
+"""Needles in haystacks: documents are taken apart again, as text, by an expression of their own."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from data.manifest import SPLITS
+from data.niah import Alphabet, NiahShape, build_niah, niah_document, read_alphabet
+from data.reader import SplitReader
+
+SHAPE = NiahShape(tokens=64, needles=2, words=3, train_documents=60, validation_documents=40)
+THREE = NiahShape(tokens=64, needles=3, words=6)
+ALPHABET = Alphabet(
+    needle=np.array([1, 2]),
+    question=np.array([1, 3]),
+    keys=np.arange(10, 16),
+    values=np.arange(20, 26),
+    end=0,
+)
+
+
+def texts(corpus: Path, source: str, split: str) -> list[str]:
+    tokenizer = Tokenizer.from_file(str(corpus / "tokenizer.json"))
+    reader = SplitReader(corpus / source, source=source, split=split)
+    documents = [reader.stored_tokens(number).tolist() for number in range(len(reader))]
+    if source == "niah":
+        assert all(len(document) == SHAPE.tokens for document in documents)
+        assert all(document.index(0) == SHAPE.tokens - 1 for document in documents)
+    found: list[str] = tokenizer.decode_batch([document[:-1] for document in documents])
+    return found
+
+
+@pytest.fixture(scope="module")
+def corpus(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy by links: the source is added to it."""
+    copy = tmp_path_factory.mktemp("niah") / "corpus"
+    copy.mkdir()
+    for path in tiny_corpus.iterdir():
+        (copy / path.name).symlink_to(path)
+    manifests = build_niah(copy, SHAPE)
+    assert [(m.split, m.samples) for m in manifests] == [("train", 60), ("validation", 40)]
+    return copy
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_every_needle_is_asked_for_once_in_text_of_the_split(corpus: Path, split: str) -> None:
+    haystack = "".join(texts(corpus, "docs", split))
+    answers = set()
+    for text in texts(corpus, "niah", split):
+        questions = re.search(r"(\n\? \w+ \w+){2}$", text)
+        assert questions is not None
+        asked = re.findall(r"\n\? (\w+) (\w+)", questions[0])
+        hay = text[: questions.start()]
+        for key, value in asked:
+            assert len(re.findall(rf"\n# {key} {value}", hay)) == 1
+            hay = hay.replace(f"\n# {key} {value}", "", 1)
+        assert len(dict(asked)) == 2
+        assert hay in haystack or "\ufffd" in hay  # a cut may lie within a character
+        answers.update(asked)
+    assert len(answers) == 9  # pairs are drawn anew
+
+
+def test_splits_and_seeds_differ_and_builds_repeat(corpus: Path, tmp_path: Path) -> None:
+    again, other = tmp_path / "again", tmp_path / "other"
+    for copy, seed in ((again, 0), (other, 1)):
+        copy.mkdir()
+        for name in ("docs", "tokenizer.json"):
+            (copy / name).symlink_to(corpus / name)
+        build_niah(copy, SHAPE, seed=seed)
+    assert texts(again, "niah", "train") == texts(corpus, "niah", "train")
+    assert texts(other, "niah", "train") != texts(corpus, "niah", "train")
+    assert not set(texts(corpus, "niah", "train")) & set(texts(corpus, "niah", "validation"))
+
+
+def test_what_is_there_or_missing_is_refused(corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="niah: is there already; remove it"):
+        build_niah(corpus, SHAPE)
+    with pytest.raises(ValueError, match="mneme data build quickstart"):
+        build_niah(tmp_path, SHAPE)
+    with pytest.raises(ValueError, match="words of one token"):
+        read_alphabet(corpus / "tokenizer.json", 4096)
+
+
+def test_questions_come_in_an_order_of_their_own_and_places_vary() -> None:
+    text, random = np.full(200, 50), np.random.default_rng(0)
+    same_order, first_places = 0, set()
+    for _ in range(200):
+        document = niah_document(text, THREE, ALPHABET, random)
+        needles = [tuple(document[i + 2 : i + 4]) for i in np.flatnonzero(document == 2) - 1]
+        questions = [tuple(document[i + 2 : i + 4]) for i in np.flatnonzero(document == 3) - 1]
+        assert sorted(needles) == sorted(questions)
+        same_order += needles == questions
+        first_places.add(int(np.argmax(document == 2)))
+    assert 15 < same_order < 60  # one in six: 33 +- 5
+    assert len(first_places) > 20
+
+
+def test_a_document_without_room_for_text_is_refused() -> None:
+    small = replace(THREE, tokens=25)
+    with pytest.raises(ValueError, match=r"tokens=25: 3 needles .* use 26 or more"):
+        niah_document(np.full(200, 50), small, ALPHABET, np.random.default_rng(0))
