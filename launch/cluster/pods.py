@@ -67,7 +67,8 @@ def _container(spec: LaunchSpec, endpoint: str) -> Manifest:
         "name": CONTAINER,
         "image": spec.cluster.image,
         "workingDir": spec.directory,
-        "command": [
+        # Not `command`, which would go past the entry point of the image: Ascend's finds CANN.
+        "args": [
             *("python", "-m", "launch.node", spec.run_dir),
             f"--recipe={_RECIPE_DIRECTORY}/recipe.yaml",
             f"--endpoint={endpoint}",

@@ -80,9 +80,7 @@ def test_kubernetes_takes_the_manifests() -> None:
     service, pod = found["Service"], pod_of(job)
     assert pod["subdomain"] == service["metadata"]["name"]
     [container] = pod["containers"]
-    assert (
-        f"--endpoint={job['metadata']['name']}-0.{pod['subdomain']}:29400" in container["command"]
-    )
+    assert f"--endpoint={job['metadata']['name']}-0.{pod['subdomain']}:29400" in container["args"]
     assert container["resources"]["limits"] == {"cpu": "16", "nvidia.com/gpu": "2"}
 
 
@@ -157,7 +155,7 @@ def test_volcano_knows_every_field_of_the_manifest() -> None:
     [container] = task["template"]["spec"]["containers"]
     assert container["resources"]["limits"]["huawei.com/Ascend910"] == "2"
     name = job["metadata"]["name"]
-    assert f"--endpoint={name}-node-0.{name}:29400" in container["command"]
+    assert f"--endpoint={name}-node-0.{name}:29400" in container["args"]
 
 
 @pytest.mark.parametrize(
