@@ -257,7 +257,7 @@ def test_a_runner_that_cannot_start_the_ranks_is_named(
 def test_a_signal_before_the_runner_has_started_the_ranks_is_kept_for_them(
     launch: Callable[..., Launcher],
 ) -> None:
-    launcher = launch(steps=10**6)
+    launcher = launch(deadline=60.0, steps=10**6)
     launcher.wait_for((launcher.run_dir / "logs/attempt-1/runner-0.log").exists)
     # The runner imports torch for a second or more before it starts them.
     launcher.process.send_signal(signal.SIGTERM)
