@@ -28,7 +28,7 @@ def start_and_kill(config: RunConfig, run_dir: Path, store: Path, moment: random
     attempts = len(attempted(run_dir))
     ranks = fork_ranks(trains, 2, store, config, run_dir)
     if moment.random() < 0.9:
-        steps = moment.randrange(8)
+        steps = moment.randrange(6)
         deadline = time.monotonic() + 60
         while len(attempted(run_dir)) == attempts or trained(run_dir) < steps:
             assert time.monotonic() < deadline

@@ -329,8 +329,6 @@ def test_frequencies_and_missing_copies_are_no_reason_to_refuse(
     ("command", "said"),
     [
         ("checkpoint", "the following arguments are required: ACTION"),
-        ("checkpoint inspect run", "mneme checkpoint inspect: not available yet"),
-        ("checkpoint verify run", "mneme checkpoint verify: not available yet"),
         ("checkpoint import-hf nowhere run", "nowhere: no config.json"),
         ("checkpoint export-hf nowhere folder", "nowhere: holds no checkpoint; give a run dir"),
         ("checkpoint export-hf {run} out --max-shard-size 5", "--max-shard-size 5: not a size"),
