@@ -28,7 +28,7 @@ from train.step import train_step
 from train.training import Training
 from train.utilization import Peak, find_peak, utilization
 
-GROUP, ROUNDS, WARM_UP = 10, 12, 10
+GROUP, ROUNDS, WARM_UP = 10, 8, 10
 TARGET = 1.0
 OVERRIDES = [
     *("parallel.data_parallel_size=1", "parallel.expert_parallel_size=1"),
