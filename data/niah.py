@@ -36,13 +36,13 @@ Ids = NDArray[np.int64]
 class NiahShape:
     """How documents look."""
 
-    tokens: int = 128
+    tokens: int = 64
     """Length of every document, its end included: one fills a sequence."""
     needles: int = 4
     """Pairs hidden in a document, all of which are asked for."""
-    words: int = 32
+    words: int = 16
     """Keys to draw from, and as many values."""
-    train_documents: int = 16384
+    train_documents: int = 32768
     validation_documents: int = 512
 
     def documents(self, split: str) -> int:
