@@ -281,6 +281,7 @@ def carry_over(rank: int) -> list[bool]:
     return same
 
 
+@pytest.mark.slow
 def test_states_move_between_stages_to_the_last_bit() -> None:
     """Three ranks: no tensor of the model divides by them."""
     for same in run_distributed(carry_over, 3):

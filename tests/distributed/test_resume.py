@@ -113,7 +113,8 @@ def assert_same_run(run_dir: Path, reference: Path, scratch: Path) -> None:
         assert same, key
 
 
-@pytest.mark.parametrize("kill_after_step", [1, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kill_after_step", [1, 5])
 def test_kill_9_of_all_ranks_then_resume_is_bitwise_the_same_run(
     recipe: Path, uninterrupted: Path, tmp_path: Path, kill_after_step: int
 ) -> None:

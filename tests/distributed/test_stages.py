@@ -30,6 +30,8 @@ from train.model.moe.config import MoeConfig
 from train.stop import StopRequest
 from train.volume import step_volume
 
+pytestmark = pytest.mark.slow
+
 STEPS = 16
 SEQUENCES = [4, 4, 4, *[8] * 7, *[4] * 6]
 LENGTHS = [32] * 12 + [64] * 4
@@ -182,7 +184,6 @@ def test_the_mtp_loss_weighs_less_from_the_decay_on(uninterrupted: Path) -> None
         assert weight == pytest.approx(0.3 if row["step"] <= 8 else 0.1)
 
 
-@pytest.mark.slow
 def test_resume_in_any_stage_is_bitwise_the_same_run(
     tiny_corpus: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
@@ -204,7 +205,6 @@ def test_resume_in_any_stage_is_bitwise_the_same_run(
         assert same, key
 
 
-@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_ranks(
     tiny_corpus: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:

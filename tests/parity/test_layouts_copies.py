@@ -27,7 +27,7 @@ from train.evaluate import evaluate
 from train.step import train_step
 from train.training import Training
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ ONE_RANK = Case(1, 1, 1, micro=8)
 COPIED = Case(2, 2, 2, micro=1)
 SHARDED = Case(1, 2, 2, micro=4)
 WHOLE_EXPERTS = Case(1, 4, 2, micro=1, whole_experts=True)
-CASES = [COPIED]
-SLOW = [
+CASES = [
+    COPIED,
     Case(2, 2, 1, micro=1, optim=ADAMW),
     # One copy has no room for all experts: these are sharded over both.
     Case(2, 1, 2, micro=2),
@@ -143,9 +143,7 @@ def one_rank(corpus: Path, residual: str, optim: OptimConfig) -> dict[str, Any]:
     return trained
 
 
-@pytest.mark.parametrize(
-    "case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)], ids=str
-)
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_copies_train_as_one_rank(tiny_corpus: Path, case: Case) -> None:
     reference = one_rank(tiny_corpus, case.residual, case.optim)
     found = run(train_rank, case.recipe(tiny_corpus))
@@ -168,7 +166,6 @@ def test_copies_train_as_one_rank(tiny_corpus: Path, case: Case) -> None:
             assert np.array_equal(other["parameters"][name], found[0]["parameters"][name]), name
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", [COPIED, WHOLE_EXPERTS], ids=str)
 def test_bf16_with_copies_stays_close(tiny_corpus: Path, case: Case) -> None:
     """The fp32 modules of the streams have their own units, and these their own copies."""
@@ -184,7 +181,6 @@ def test_bf16_with_copies_stays_close(tiny_corpus: Path, case: Case) -> None:
             assert np.array_equal(other["parameters"][name], value), name
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "keys",
     [{"expert_sharding": "replicate"}, {"tensor_parallel_size": 2, "expert_parallel_size": 2}],
@@ -241,7 +237,6 @@ MOVES = [
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("saved_by", "loaded_by"), MOVES)
 def test_a_checkpoint_moves_between_copies_shards_and_one_rank(
     tiny_corpus: Path, tmp_path: Path, saved_by: Case, loaded_by: tuple[Case, ...]
