@@ -48,6 +48,9 @@ bench: install
 	$(BIN)/mneme bench attention
 	$(BIN)/mneme bench engram
 	$(BIN)/mneme bench parallel
+	$(BIN)/mneme bench data
+	$(BIN)/mneme bench checkpoint
+	$(BIN)/mneme bench monitor
 
 clean:
 	rm -rf runs corpus .mypy_cache .ruff_cache .pytest_cache .hypothesis
