@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from data.manifest import SPLITS
+from data.manifest import SPLITS, file_sha256
 from data.niah import Alphabet, NiahShape, build_niah, niah_document, read_alphabet
 from data.reader import SplitReader
+from data.shards import Sample, write_split
+from data.tokenizer import SPECIAL_TOKENS
 
 SHAPE = NiahShape(tokens=64, needles=2, words=3, train_documents=60, validation_documents=40)
 THREE = NiahShape(tokens=64, needles=3, words=6)
@@ -34,16 +36,67 @@ def texts(corpus: Path, source: str, split: str) -> list[str]:
     return found
 
 
+WORDS = [
+    "river",
+    "stone",
+    "table",
+    "cloud",
+    "green",
+    "paper",
+    "music",
+    "north",
+    "silver",
+    "window",
+    "garden",
+    "letter",
+]
+
+
+def write_docs(corpus: Path) -> None:
+    """Random words, and a tokenizer to which each of them is a token."""
+    random = np.random.default_rng(0)
+    texts = [" ".join(random.choice(WORDS, 30)) + f"\n{number}" for number in range(40)]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    corpus.mkdir()
+    path = corpus / "tokenizer.json"
+    tokenizer.save(str(path))
+    for number, split in enumerate(SPLITS):
+        write_split(
+            corpus / "docs" / split,
+            [
+                Sample(
+                    key=f"{index:03d}",
+                    metadata={},
+                    text=text,
+                    tokens=np.array([*tokenizer.encode(text).ids, 0], np.uint32),
+                )
+                for index, text in enumerate(texts[number::2])
+            ],
+            source="docs",
+            split=split,
+            tokenizer_sha256=file_sha256(path, key="tokenizer"),
+            vocab_size=tokenizer.get_vocab_size(),
+        )
+
+
 @pytest.fixture(scope="module")
-def corpus(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy by links: the source is added to it."""
-    copy = tmp_path_factory.mktemp("niah") / "corpus"
-    copy.mkdir()
-    for path in tiny_corpus.iterdir():
-        (copy / path.name).symlink_to(path)
-    manifests = build_niah(copy, SHAPE)
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With the needles."""
+    folder = tmp_path_factory.mktemp("niah") / "corpus"
+    write_docs(folder)
+    manifests = build_niah(folder, SHAPE)
     assert [(m.split, m.samples) for m in manifests] == [("train", 60), ("validation", 40)]
-    return copy
+    return folder
 
 
 @pytest.mark.parametrize("split", SPLITS)
