@@ -64,7 +64,7 @@ def rows(
     run_on(train_on, world_size(config), config, run_dir, fp64, timeout=100.0)
     assert (run_dir / "checkpoints/step-00000003").is_dir()
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    varying = ("second", "memory", "fraction", "fetch")
+    varying = ("second", "memory", "fraction", "fetch", "utilization")
     return [
         {k: v for k, v in json.loads(line).items() if not any(word in k for word in varying)}
         for line in lines

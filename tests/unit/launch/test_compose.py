@@ -164,7 +164,8 @@ def test_products_of_axes_are_not_judged_with_a_wrong_axis() -> None:
         ("a b=3", "not readable as KEY=VALUE"),
         (
             "data=null",
-            "names a file under recipes/data; type data=NAME with one of pretraining, quickstart",
+            "names a file under recipes/data; type data=NAME with one of niah, pretraining, "
+            "quickstart, quickstart_mm",
         ),
         ("~model", "names a file under recipes/model"),
         ("~data.sources.x", "no such entry to remove; data.sources has code, docs"),
