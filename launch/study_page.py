@@ -29,6 +29,8 @@ class Picture:
     label: str
     """Of the vertical axis."""
     curves: list[Curve]
+    labels: list[str]
+    """Of all curves of the report: each has its colour in every picture."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,7 +145,8 @@ def draw(picture: Picture, path: Path) -> None:
 
     figure = Figure(figsize=(9, 4.5), dpi=130, layout="constrained")
     axes = figure.subplots()
-    for index, curve in enumerate(picture.curves):
+    for curve in picture.curves:
+        index = picture.labels.index(curve.label)
         color = COLORS[index % len(COLORS)]
         style = "-" if index < len(COLORS) else "--"
         axes.fill_between(curve.tokens, curve.low, curve.high, color=color, alpha=0.18, linewidth=0)

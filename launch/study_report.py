@@ -189,7 +189,9 @@ def _comparison(runs: StudyRuns, claim: Hypothesis, against: str) -> list[str]:
 
 def _pictures(runs: StudyRuns) -> list[Block]:
     """The training loss, and every metric that is claimed something about or asked for."""
+    arms = list(runs.records)
     loss = Picture(
+        labels=arms,
         file="loss.png",
         caption="Training loss over tokens",
         label="next-token loss (nats per token)",
@@ -210,7 +212,13 @@ def _pictures(runs: StudyRuns) -> list[Block]:
             raise ValueError(f"curves: {metric}: no run has a record of it; use another")
         file = f"{metric.replace('/', '_')}.png"
         pictures.append(
-            Picture(file=file, caption=f"{metric} over tokens", label=metric, curves=curves)
+            Picture(
+                labels=arms,
+                file=file,
+                caption=f"{metric} over tokens",
+                label=metric,
+                curves=curves,
+            )
         )
     return pictures
 

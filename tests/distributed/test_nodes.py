@@ -114,6 +114,7 @@ def nodes(tmp_path: Path) -> Iterator[Nodes]:
 
 
 @pytest.mark.timeout(240)
+@pytest.mark.slow
 def test_a_stop_request_to_one_node_saves_on_all_and_the_next_start_goes_on(nodes: Nodes) -> None:
     """What torchrun loses: USR1 does not kill it, and exit code 85 comes through."""
     nodes.start_both(steps=10**6, gloo=True)

@@ -71,10 +71,9 @@ def rows(
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(
-    "layout", ["ep2", *(pytest.param(name, marks=pytest.mark.slow) for name in list(LAYOUTS)[1:])]
-)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_v4_nano_trains_as_on_the_host(tiny_corpus: Path, tmp_path: Path, layout: str) -> None:
     axes, *more = LAYOUTS[layout]
     config = v4_nano(tiny_corpus, axes, *more)

@@ -172,6 +172,7 @@ def rows(answer: str) -> dict[str, dict[str, Any]]:
     return {row["layout"]: row for row in json.loads(answer)["layouts"]}
 
 
+@pytest.mark.slow
 def test_layouts_that_compute_the_same(
     parity: Callable[..., tuple[int, str]], tmp_path: Path
 ) -> None:

@@ -70,6 +70,7 @@ def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workshop:
     return Workshop(tmp_path)
 
 
+@pytest.mark.slow
 def test_every_arm_trains_at_every_seed_and_the_report_decides(
     workshop: Workshop, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -25,7 +25,9 @@ def test_a_band_spans_the_seeds_as_far_as_all_of_them_go() -> None:
 
 
 def test_the_html_needs_no_other_file_and_says_what_the_markdown_says(tmp_path: Path) -> None:
-    picture = Picture(file="a.png", caption="A <picture>", label="y", curves=[curve("x", 1, 2)])
+    picture = Picture(
+        file="a.png", caption="A <picture>", label="y", labels=["x"], curves=[curve("x", 1, 2)]
+    )
     sections = [
         Section(title="First <part>", blocks=["Text & more.", Bullets(items=["one", "two < 3"])]),
         Section(title="Second", blocks=[Table(header=["a|b"], rows=[["<c>"]]), picture]),
@@ -59,7 +61,13 @@ def test_lines_and_bands_are_drawn_where_they_belong(tmp_path: Path) -> None:
     heights = {}
     for name, top in (("linear", 3.0), ("log", 1000.0)):
         curves = [curve("above", top, top), curve("middle", 2.0, 2.5), curve("below", 1.0, 1.0)]
-        picture = Picture(file=f"{name}.png", caption="", label="y", curves=curves)
+        picture = Picture(
+            file=f"{name}.png",
+            caption="",
+            label="y",
+            labels=[c.label for c in curves],
+            curves=curves,
+        )
         page = write_page(name, [Section(title="", blocks=[picture])], tmp_path)
         pixels = np.round(imread(page.parent / f"{name}.png")[..., :3] * 255)
         rows = []
