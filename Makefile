@@ -1,4 +1,4 @@
-# make quickstart | install | test | test-gpu | check | bench
+# make quickstart | install | test | test-slow | test-exhaustive | test-gpu | check | bench
 PYTHON ?= python3
 BIN := .venv/bin
 # A package index with CPU builds of torch, if pip's default one offers only accelerator builds, e.g.
@@ -6,7 +6,7 @@ BIN := .venv/bin
 TORCH_INDEX ?=
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart install test test-slow test-gpu check bench clean
+.PHONY: quickstart install test test-slow test-exhaustive test-gpu check bench clean
 
 quickstart: install
 	$(BIN)/mneme data build quickstart
@@ -27,7 +27,11 @@ test: install
 	$(BIN)/pytest -n 2 --dist loadfile --timeout 120
 
 test-slow: install
-	$(BIN)/pytest -n 2 --dist loadfile -m "slow and not gpu and not npu" --timeout 600 $(TESTS)
+	$(BIN)/pytest -n 2 --dist loadfile -m "slow and not exhaustive and not gpu and not npu" --timeout 600 $(TESTS)
+
+# More combinations of layouts than CI has time for.
+test-exhaustive: install
+	$(BIN)/pytest -n 2 --dist loadfile -m exhaustive --timeout 600 $(TESTS)
 
 # On a machine with an accelerator: its tests, and the benchmarks on it.
 test-gpu: install

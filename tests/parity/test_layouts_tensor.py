@@ -201,7 +201,11 @@ def test_every_layout(tiny_corpus: Path, parallel: ParallelConfig) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("parallel", OF_EVERY_MODEL, ids=name_of)
+@pytest.mark.parametrize(
+    "parallel",
+    [pytest.param(OF_EVERY_MODEL[0], marks=pytest.mark.exhaustive), OF_EVERY_MODEL[1]],
+    ids=name_of,
+)
 def test_every_model(tiny_corpus: Path, model: str, parallel: ParallelConfig) -> None:
     compare(tiny_corpus, model, parallel)
 
