@@ -324,7 +324,11 @@ run_ranks(run_dir, RunConfig(name="toy"), module="tests.distributed.toy_rank")
 def test_a_killed_study_leaves_nobody(tmp_path: Path) -> None:
     study = tmp_path / "toy.yaml"
     arms = "{with: [], without: [model.engram=null]}"
-    study.write_text(f"{{name: toy, description: d, question: q, recipe: v4_nano, arms: {arms}}}")
+    claim = "[{name: loss, statement: s, arm: without, against: with}]"
+    texts = "name: toy, description: d, question: q, expectation: e, scale_note: s"
+    study.write_text(
+        f"{{{texts}, recipe: v4_nano, budget_tokens: 40960, arms: {arms}, hypotheses: {claim}}}"
+    )
     (tmp_path / "trainer").write_text(TRAINER)
     process = subprocess.Popen(
         [sys.executable, "-c", STUDY, str(study), str(tmp_path), str(tmp_path / "trainer")],
