@@ -216,11 +216,12 @@ def test_layouts_of_all_axes(parity: Callable[..., tuple[int, str]]) -> None:
         slow(the_norm_counts_replicas, "dpr2", "gradient norm", "dpr"),
         slow(stages_hand_on_something_else, "pp2,dp2", "output of layers.1.engram", "pp"),
         slow(balance_counts_stay_local, "cp2,tp2", "loss_balance", "cp and tp, each alone"),
-        slow(
+        pytest.param(
             context_and_tensor_ranks_sum_wrongly,
             "dp2,cp2,tp2",
             "output of embedding",
             "cp together with tp",
+            marks=[pytest.mark.slow, pytest.mark.exhaustive],
         ),
     ],
 )

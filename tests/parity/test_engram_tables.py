@@ -175,7 +175,7 @@ def test_other_layouts(
         more(2, "zbv", 2, {}),
         (2, "1f1b", 2, WITH_CONTEXT_2),
         more(2, "interleaved_1f1b", 1, WITH_TENSOR_2),
-        (2, "dualpipev", 1, WITH_TENSOR_2 | WITH_CONTEXT_2),
+        more(2, "dualpipev", 1, WITH_TENSOR_2 | WITH_CONTEXT_2),
         (2, "zbv", 1, {"pipeline_layers": (1, 1, 1, 1), "data_replicate_parallel_size": 2}),
     ],
 )

@@ -106,15 +106,23 @@ def on(config: RunConfig, parallel: ParallelConfig) -> RunConfig:
                 (hybrid, layout(context=2)),
                 (images, layout(context=2)),
                 (sparse, contiguous(context=2)),
-                (sparse, layout(context=2, data=2, expert=2)),
-                (sparse, layout(context=4, expert=2)),
                 (sparse, layout(context=2, tensor=2)),
                 (hybrid, contiguous(context=2, data=2, expert=4)),
-                (hybrid, layout(context=4, expert=2)),
                 (hybrid, layout(tensor=2)),
                 (hybrid, layout(context=2, tensor=2, expert=2)),
-                (images, contiguous(context=2, data=2, expert=2)),
                 (images, contiguous(context=2, tensor=2)),
+            ]
+        ),
+        *(
+            pytest.param(
+                *case,
+                marks=[pytest.mark.slow, pytest.mark.exhaustive, pytest.mark.timeout(600)],
+            )
+            for case in [
+                (sparse, layout(context=2, data=2, expert=2)),
+                (sparse, layout(context=4, expert=2)),
+                (hybrid, layout(context=4, expert=2)),
+                (images, contiguous(context=2, data=2, expert=2)),
             ]
         ),
     ],

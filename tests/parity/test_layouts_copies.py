@@ -188,7 +188,12 @@ def test_bf16_with_copies_stays_close(tiny_corpus: Path, case: Case) -> None:
 
 @pytest.mark.parametrize(
     "keys",
-    [{"expert_sharding": "replicate"}, {"tensor_parallel_size": 2, "expert_parallel_size": 2}],
+    [
+        {"expert_sharding": "replicate"},
+        pytest.param(
+            {"tensor_parallel_size": 2, "expert_parallel_size": 2}, marks=pytest.mark.exhaustive
+        ),
+    ],
     ids=str,
 )
 def test_stages_have_copies_and_owners_of_their_own(

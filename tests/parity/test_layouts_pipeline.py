@@ -272,7 +272,7 @@ def through_its_stages(config: RunConfig) -> RunConfig:
         ("1f1b", {}),
         ("dualpipev", {}),
         ("zbv", WITH_CONTEXT_2),
-        ("zbv", WITH_TENSOR_2 | {"expert_parallel_size": 2}),
+        more("zbv", WITH_TENSOR_2 | {"expert_parallel_size": 2}),
     ],
 )
 def test_sparse_attention_through_its_stages(
@@ -296,7 +296,7 @@ def test_the_indexers_warm_up_in_a_pipeline(tiny_corpus: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("schedule", ["1f1b", "zbv"])
+@pytest.mark.parametrize("schedule", ["1f1b", more("zbv")])
 def test_muon_and_longer_sequences_from_the_warm_up_on(
     tiny_corpus: Path, schedule: PipelineSchedule
 ) -> None:
@@ -323,7 +323,7 @@ def test_muon_and_longer_sequences_from_the_warm_up_on(
         # Stages without an indexer learn nothing while all else is frozen.
         (2, "1f1b", (0, 0, 4, 16, 4), {}),
         (4, "1f1b", (0, 0, 4, 16, 0), {}),
-        (2, "zbv", (0, 0, 4, 16, 4), WITH_CONTEXT_2),
+        more(2, "zbv", (0, 0, 4, 16, 4), WITH_CONTEXT_2),
         (2, "dualpipev", (4, 16, 0, 4, 4), WITH_TENSOR_2),
     ],
 )

@@ -189,6 +189,10 @@ LAYOUTS = [
     layout(tensor=2, data=2, context=2, expert=4),
 ]
 OF_EVERY_MODEL = [layout(tensor=2, expert=2), layout(tensor=2, context=2, expert=2)]
+IN_CI = [(model, OF_EVERY_MODEL[1]) for model in ("mhc", "dsa", "hybrid", "muon")] + [
+    (model, OF_EVERY_MODEL[0]) for model in ("hc", "plain", "hash")
+]
+"""What is not exhaustive."""
 
 
 @pytest.mark.slow
@@ -200,11 +204,18 @@ def test_every_layout(tiny_corpus: Path, parallel: ParallelConfig) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize(
-    "parallel",
-    [pytest.param(OF_EVERY_MODEL[0], marks=pytest.mark.exhaustive), OF_EVERY_MODEL[1]],
-    ids=name_of,
+    ("model", "parallel"),
+    [
+        pytest.param(
+            model,
+            parallel,
+            marks=() if (model, parallel) in IN_CI else pytest.mark.exhaustive,
+            id=f"{model}-{name_of(parallel)}",
+        )
+        for parallel in OF_EVERY_MODEL
+        for model in MODELS
+    ],
 )
 def test_every_model(tiny_corpus: Path, model: str, parallel: ParallelConfig) -> None:
     compare(tiny_corpus, model, parallel)
