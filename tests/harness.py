@@ -12,11 +12,17 @@ from pathlib import Path
 from queue import Empty
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
 torch.use_deterministic_algorithms(False)
 """The default. The call imports a second's worth of modules, which forked ranks need not do then."""
+
+
+def more(*values: Any) -> Any:
+    """A case that shows no more than its neighbours together."""
+    return pytest.param(*values, marks=pytest.mark.exhaustive)
 
 
 def run_distributed(

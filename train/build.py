@@ -58,17 +58,7 @@ def build(config: RunConfig) -> Training:
             the corpus, or the model's compiled parts or a kernel not this machine.
         RuntimeError: a backend, kernel or data engine of the recipe cannot be used here.
     """
-    if (tokens := vocab_size(config.data)) > config.model.vocab_size:
-        raise ValueError(
-            f"model.vocab_size={config.model.vocab_size}: the corpus has {tokens} token ids; use "
-            f"model.vocab_size={tokens}"
-        )
-    tokens = sum(phase.tokens_per_step * len(phase.steps) for phase in phases(config))
-    if problem := supply_problem(config.data, tokens):
-        raise ValueError(problem)
-    shortest = min(config.data.sequence_length, *(p.sequence_length for p in phases(config)))
-    if found := list(picture_problems(config.data, vision_geometry(config.model), shortest)):
-        raise ValueError("\n".join(found))
+    check_corpus(config)
     backend = select_backend(config.parallel.backend)
     layout = ParallelLayout.from_config(config.parallel)
     world_size = int(os.environ["WORLD_SIZE"])
@@ -130,6 +120,25 @@ def build(config: RunConfig) -> Training:
     )
     training.monitors.extend(build_monitors(training))
     return training
+
+
+def check_corpus(config: RunConfig) -> None:
+    """Refuse a model that does not fit the corpus.
+
+    Raises:
+        ValueError: it has fewer tokens or takes other pictures, or the corpus is too small.
+    """
+    if (tokens := vocab_size(config.data)) > config.model.vocab_size:
+        raise ValueError(
+            f"model.vocab_size={config.model.vocab_size}: the corpus has {tokens} token ids; use "
+            f"model.vocab_size={tokens}"
+        )
+    tokens = sum(phase.tokens_per_step * len(phase.steps) for phase in phases(config))
+    if problem := supply_problem(config.data, tokens):
+        raise ValueError(problem)
+    shortest = min(config.data.sequence_length, *(p.sequence_length for p in phases(config)))
+    if found := list(picture_problems(config.data, vision_geometry(config.model), shortest)):
+        raise ValueError("\n".join(found))
 
 
 def build_table_checkpoint(

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from parallel.config import EngramTableConfig, ParallelConfig, PipelineSchedule
 from parallel.layout import ParallelLayout
-from tests.harness import run_distributed
+from tests.harness import more, run_distributed
 from tests.parity.test_layouts import ADAMW, STEPS, recipe
 from tests.parity.test_layouts_dsa import STAGES, sparse_recipe
 from tests.parity.test_layouts_pipeline import (
@@ -125,11 +125,6 @@ def test_lazy_adam_is_adamw_where_every_row_is_read_in_every_step(tiny_corpus: P
 
 
 SPLIT: list[PipelineSchedule] = ["interleaved_zero_bubble", "zbv", "dualpipev"]
-
-
-def more(*values: Any) -> Any:
-    """A case that shows no more than its neighbours together."""
-    return pytest.param(*values, marks=pytest.mark.exhaustive)
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from parallel.backend.cpu import CpuBackend
 from parallel.config import ParallelConfig, PipelineSchedule
 from parallel.layout import ParallelLayout
 from parallel.pipeline_stages import SPLIT_BACKWARD
-from tests.harness import run_distributed
+from tests.harness import more, run_distributed
 from tests.parity import test_image_layouts
 from tests.parity.test_layouts import ADAMW, MUON, recipe, whole
 from tests.parity.test_layouts_dsa import STAGES, sparse_recipe
@@ -165,11 +165,6 @@ def test_pipelines_compute_what_one_rank_does(tiny_corpus: Path) -> None:
     assert_same(run(of_two_steps(uneven)), wanted)
     in_a_v = in_pipeline(stack(tiny_corpus, "mhc_single_pass", 2, 2), 2, "dualpipev")
     assert_same(run(of_two_steps(in_a_v)), wanted)
-
-
-def more(*values: Any) -> Any:
-    """A case that shows no more than its neighbours together."""
-    return pytest.param(*values, marks=pytest.mark.exhaustive)
 
 
 ALL: list[PipelineSchedule] = [
