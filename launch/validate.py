@@ -13,7 +13,7 @@ from launch.batch_rules import Problems, listed, multiples
 from launch.node_rules import problems as node_problems
 from launch.ranges import out_of_range
 from launch.schema import without
-from parallel.config import BACKENDS_WITHOUT_FP64
+from parallel.config import BACKENDS_WITHOUT_FP64, FLASH_MAX_HEAD_DIM
 from parallel.layout import ParallelLayout
 from parallel.runs import length_problem
 from train.config import RunConfig
@@ -111,6 +111,26 @@ def _backend(config: RunConfig) -> Problems:
         )
 
 
+def _flash_attention(config: RunConfig) -> Problems:
+    model, path = config.model, "parallel.kernels.attention=flash"
+    use = "use parallel.kernels.attention=auto"
+    if config.train.dtype != "bf16":
+        yield f"{path}: computes in bf16, not in train.dtype={config.train.dtype}; {use}"
+    if model.attention == "v4_hybrid":
+        yield f"{path}: is for dense attention, and model.attention=v4_hybrid has none; {use}"
+    if config.parallel.context_parallel_size > 1:
+        yield (
+            f"{path}: wants whole sequences, and "
+            f"parallel.context_parallel_size={config.parallel.context_parallel_size} cuts them; {use}"
+        )
+    widest = max(model.mla.qk_nope_head_dim + model.mla.qk_rope_head_dim, model.mla.v_head_dim)
+    if widest > FLASH_MAX_HEAD_DIM:
+        yield (
+            f"{path}: heads have at most {FLASH_MAX_HEAD_DIM} channels, and those of model.mla "
+            f"{widest}; {use}"
+        )
+
+
 def _kernels(config: RunConfig) -> Problems:
     """Rules of kernels that do not depend on the machine; ranks check the rest before they meet."""
     parallel, dtype = config.parallel, config.train.dtype
@@ -127,6 +147,8 @@ def _kernels(config: RunConfig) -> Problems:
         if parallel.backend not in ("auto", "cuda"):
             yield f"{path}: runs on cuda, not on parallel.backend={parallel.backend}; use cuda, {other}"
     yield from _cross_entropy(config)
+    if parallel.kernels.attention == "flash":
+        yield from _flash_attention(config)
     if parallel.kernels.grouped_linear == "grouped_mm":
         path = "parallel.kernels.grouped_linear=grouped_mm"
         if dtype == "fp64":

@@ -22,6 +22,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from parallel.backend.kernels import choose_kernels
 from parallel.config import ContextSplit, ParallelConfig
 from parallel.expert import Dispatcher
+from parallel.flash_attention import DenseAttention
 from parallel.grouped import GroupedLinear
 from parallel.layout import ParallelLayout
 from parallel.local_tensors import cut_parameters
@@ -52,6 +53,13 @@ class GroupedExperts(Protocol):
 
 
 @runtime_checkable
+class AttentionSite(Protocol):
+    """Attention of every token to all earlier ones of its document."""
+
+    dense_attention: DenseAttention | None
+
+
+@runtime_checkable
 class SequenceSite(Protocol):
     """The module that decides which tokens of a sequence a rank computes."""
 
@@ -74,6 +82,8 @@ class ModelParts:
     num_experts: int
     """Routed experts of such a layer, 1 if the whole model has none: a pipeline stage may have none
     where others do."""
+    attention_sites: Sequence[AttentionSite] = ()
+    """Layers with dense attention, for a kernel."""
     sequence_site: SequenceSite | None = None
     """None: the model computes whole sequences on every rank."""
     column_parallel: Sequence[nn.Module] = ()
@@ -223,6 +233,8 @@ def install_kernels(parts: ModelParts, ep: DeviceMesh, config: ParallelConfig) -
     kernels = choose_kernels(config, ep.device_type)
     for site in parts.dispatch_sites:
         site.dispatch = kernels.dispatcher(ep.get_group(), site.num_experts, kernels.permute)
+    for layer in parts.attention_sites:
+        layer.dense_attention = kernels.attention
     for module in parts.expert_modules:
         if isinstance(module, GroupedExperts):
             module.grouped_linear = kernels.grouped_linear

@@ -13,6 +13,8 @@ PipelineSchedule = Literal[
 BackendName = Literal["auto", "cpu", "cuda", "ascend", "cambricon", "simulated", "dry"]
 BACKENDS_WITHOUT_FP64: frozenset[BackendName] = frozenset({"ascend", "cambricon", "simulated"})
 """As their `Capabilities` say, which need torch."""
+FLASH_MAX_HEAD_DIM = 256
+"""Channels of a head that FlashAttention takes."""
 Offload = Literal["none", "cpu", "nvme"]
 EngramStorage = Literal["device", "memory", "shared", "mmap"]
 EngramRowDtype = Literal["fp32", "bf16", "fp8"]
@@ -47,6 +49,9 @@ class KernelConfig:
     device-neutral one of megatron-core, whose gradient is less exact in bf16."""
     grouped_linear: Literal["auto", "grouped_mm", "loop"] = "auto"
     """Products with the experts' weights: one grouped product of torch, or one for each expert."""
+    attention: Literal["auto", "flash", "reference"] = "auto"
+    """Dense latent attention in bf16 on ranks that see whole sequences: FlashAttention of torch, or
+    ours, which is taken for everything else, too."""
     cross_entropy: Literal["auto", "reference", "megatron", "megatron_fused"] = "auto"
     """Loss: ours, which keeps no fp32 logits, or megatron-core's in fp32, as its operations or compiled
     (`megatron_fused`: bf16 and tensor parallelism only)."""

@@ -14,6 +14,7 @@ from typing import Any
 from parallel.config import ParallelConfig
 from parallel.cross_entropy import CrossEntropy
 from parallel.expert import DispatcherKind
+from parallel.flash_attention import DenseAttention
 from parallel.grouped import GroupedLinear
 from parallel.rows import Permute
 
@@ -54,6 +55,12 @@ KERNELS: Mapping[str, Mapping[str, Implementation]] = MappingProxyType(
                 location="parallel.megatron_cross_entropy:fused_cross_entropy", by_default=False
             ),
         },
+        "kernels.attention": {
+            "flash": Implementation(
+                location="parallel.flash_attention:flash_attention", devices=frozenset({"cuda"})
+            ),
+            "reference": Implementation(location="parallel.flash_attention:REFERENCE"),
+        },
         "kernels.grouped_linear": {
             "grouped_mm": Implementation(
                 location="parallel.grouped:grouped_mm", devices=frozenset({"cpu", "cuda"})
@@ -73,6 +80,8 @@ class Kernels:
     permute: Permute
     grouped_linear: GroupedLinear
     cross_entropy: CrossEntropy
+    attention: DenseAttention | None
+    """None: the model's own code."""
 
 
 def choose_kernels(config: ParallelConfig, device_type: str) -> Kernels:
@@ -91,6 +100,7 @@ def choose_kernels(config: ParallelConfig, device_type: str) -> Kernels:
         permute=choose("kernels.permute", config.kernels.permute, device_type),
         grouped_linear=choose("kernels.grouped_linear", config.kernels.grouped_linear, device_type),
         cross_entropy=choose("kernels.cross_entropy", config.kernels.cross_entropy, device_type),
+        attention=choose("kernels.attention", config.kernels.attention, device_type),
     )
 
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from launch.bench import Row
+from parallel.backend.kernels import choose
 from parallel.cross_entropy import summed_cross_entropy
 from tests.benchmarks.of_device.clock import Device
 from tests.parity.test_model_v3 import transformers_model
@@ -229,6 +230,8 @@ def models(config: ModelConfig, dtype: torch.dtype, device: Device) -> tuple["Ou
     model.to(dtype)
     for layer in model.moe_layers():
         layer.router.float()
+    for site in model.parts().attention_sites:
+        site.dense_attention = choose("kernels.attention", "auto", device.torch_device.type)
     return Ours(model), Theirs(peer)
 
 

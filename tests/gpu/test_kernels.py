@@ -4,14 +4,17 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from parallel.backend.kernels import KERNELS, choose
 from parallel.backend.select import select_backend
 from parallel.cross_entropy import summed_cross_entropy
+from parallel.flash_attention import computes
 from tests.gpu.worker import Worker
 from tests.unit.parallel import test_cross_entropy as cross_entropy_tests
 from tests.unit.parallel import test_kernels as kernel_tests
 from tests.unit.train.model.tiny import relative_error
+from train.model.attention.core import attend
 
 # megatron-core warns while it is imported.
 pytestmark = [
@@ -71,6 +74,41 @@ def many_rows(backend: str) -> tuple[float, float, float]:
 def test_many_experts_in_bf16(device: Worker) -> None:
     for error in device.call(many_rows):
         assert error <= 4e-3  # one rounding of the result, one of the gradient that comes in
+
+
+def attention(backend: str, qk_dim: int, v_dim: int) -> tuple[list[float], bool]:
+    """Errors of the kernel in bf16, result and gradients, against the reference in fp32; and whether
+    it computes the same bits again."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    where = select_backend(backend).device_type
+    documents = torch.randint(0, 40, (2, 700)).sort(dim=1).values.to(where)
+    documents[1] = 5  # one document
+    shapes = [(2, 700, 4, width) for width in (qk_dim, qk_dim, v_dim, v_dim)]
+    *leaves, direction = (torch.randn(shape).to(where, torch.bfloat16) for shape in shapes)
+    assert computes(torch.bfloat16, qk_dim, leaves[2].shape)
+    kernel = choose("kernels.attention", "flash", where)
+
+    def heads_first(q: Tensor, k: Tensor, v: Tensor, ids: Tensor, scale: float) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return attend(q, k, v, ids, scale).transpose(1, 2)
+
+    results = []
+    for function, dtype in ((kernel, torch.bfloat16),) * 2 + ((heads_first, torch.float32),):
+        inputs = [x.to(dtype).requires_grad_() for x in leaves]
+        q, k, v = inputs
+        out = function(q, k, v, documents, qk_dim**-0.5)
+        results.append([out, *torch.autograd.grad(out, inputs, direction.to(dtype))])
+    once, again, wanted = results
+    same = all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+    return [relative_error(a.float(), b) for a, b in zip(once, wanted, strict=True)], same
+
+
+@pytest.mark.parametrize(("qk_dim", "v_dim"), [(192, 128), (48, 32), (20, 36)])
+def test_flash_attention(device: Worker, qk_dim: int, v_dim: int) -> None:
+    errors, same = device.call(attention, qk_dim, v_dim)
+    assert max(errors) <= 1e-2, errors  # bf16: 2^-8 a rounding
+    assert same
 
 
 def cross_entropy(backend: str, dtype: torch.dtype, bound: float) -> None:

@@ -101,7 +101,7 @@ def determined(record: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in record.items() if name not in clocked}
 
 
-@pytest.mark.parametrize("family", ["v4_nano", "v41_flash_nano", "v4_nano_mm"])
+@pytest.mark.parametrize("family", ["v3_nano", "v4_nano", "v41_flash_nano", "v4_nano_mm"])
 def test_bf16_is_finite_close_and_the_same_every_time(
     device: Worker, host: Worker, tiny_corpus: Path, family: str, figure: Callable[[str], None]
 ) -> None:

@@ -16,6 +16,7 @@ from parallel.apply import ModelParts
 from parallel.sequence import SequenceSplit
 from train.model.attention.compressed import HybridAttention
 from train.model.attention.config import IndexerStage
+from train.model.attention.mla import MultiHeadLatentAttention
 from train.model.attention.trained_indexer import TrainedIndexer
 from train.model.block import Block
 from train.model.config import ModelConfig, Recompute
@@ -258,6 +259,11 @@ class Transformer(nn.Module):
             blocks=[*tower, *self.layers.values(), *self.mtp],
             expert_modules=[moe.experts for moe in self.moe_layers()],
             dispatch_sites=list(self.moe_layers()),
+            attention_sites=[
+                block.attention
+                for block in self.blocks()
+                if isinstance(block.attention, MultiHeadLatentAttention)
+            ],
             num_experts=self.config.moe.num_experts if self.config.num_moe_layers else 1,
             sequence_site=self,
             column_parallel=[*ends, *column_parallel(self.blocks())],

@@ -121,6 +121,11 @@ def test_the_quick_start_is_valid(nano: RunConfig) -> None:
             "use such sizes, auto or loop",
         ),
         (
+            {"parallel__kernels__attention": "flash", "train__dtype": "fp32"},
+            "parallel.kernels.attention=flash: computes in bf16, not in train.dtype=fp32",
+            "use parallel.kernels.attention=auto",
+        ),
+        (
             {"parallel__kernels__cross_entropy": "megatron", "train__dtype": "fp64"},
             "parallel.kernels.cross_entropy=megatron: computes in fp32, not in train.dtype=fp64",
             "use reference or train.dtype=fp32",

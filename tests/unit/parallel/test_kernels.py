@@ -11,6 +11,7 @@ from torch import Tensor
 from parallel import cross_entropy, grouped, rows
 from parallel.backend.kernels import KERNELS, Kernels, choose, choose_kernels
 from parallel.config import KernelConfig, ParallelConfig
+from parallel.flash_attention import flash_attention
 
 # megatron-core warns while it is imported.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
@@ -41,6 +42,8 @@ def test_auto_is_what_is_exact_and_runs_on_the_device() -> None:
     assert host.permute is other.permute is rows.permute
     assert host.grouped_linear is grouped.grouped_mm
     assert other.grouped_linear is grouped.loop
+    assert host.attention is other.attention is None
+    assert choose_kernels(ParallelConfig(), "cuda").attention is flash_attention
     assert host.cross_entropy is other.cross_entropy is cross_entropy.summed_cross_entropy
 
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from parallel.flash_attention import DenseAttention, computes
 from parallel.sequence import SequencePart
 from train.model.attention.core import Observer, attend
 from train.model.config import ModelConfig
@@ -81,6 +82,7 @@ class MultiHeadLatentAttention(nn.Module):
         self.kv_a_norm = RMSNorm(self.kv_lora_rank, config.rms_norm_eps)
         self.kv_b = KeyValueExpansion(self.kv_lora_rank, heads * (self.nope + self.v_dim))
         self.o = nn.Linear(heads * self.v_dim, hidden, bias=False)
+        self.dense_attention: DenseAttention | None = None
 
     def forward(
         self,
@@ -126,6 +128,11 @@ class MultiHeadLatentAttention(nn.Module):
         kv = torch.unflatten(kv, -1, (-1, self.nope + self.v_dim))
         k_nope, v = torch.split(kv, [self.nope, self.v_dim], dim=-1)
         k_rope = latents.k_rope.unsqueeze(2).expand(-1, -1, k_nope.shape[2], -1)
+        sees_all = selected is None and observe is None and part.query_runs == (range(part.length),)
+        if self.dense_attention and sees_all and computes(v.dtype, self.nope + self.rope, v.shape):
+            q = torch.cat([latents.q_nope, latents.q_rope], dim=-1)
+            k = torch.cat([k_nope, k_rope], dim=-1)
+            return self.dense_attention(q, k, v, document_ids, self.scale).flatten(2)
         # Heads first, so that joining is the only copy.
         q = torch.cat([x.transpose(1, 2) for x in (latents.q_nope, latents.q_rope)], dim=-1)
         k = torch.cat([x.transpose(1, 2) for x in (k_nope, k_rope)], dim=-1)
