@@ -5,6 +5,8 @@ BIN := .venv/bin
 #   make quickstart TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
 export OMP_NUM_THREADS ?= 1
+# Runs and tests start many processes, which would compile every module anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: quickstart install test test-slow test-exhaustive test-gpu check bench clean
 

@@ -1,9 +1,12 @@
 r"""A needle-in-a-haystack source for small models: `mneme data build niah` adds it to a corpus.
 
 Multi-query, after RULER (arXiv 2404.06654, section 3): several keys with values are hidden in running
-text, and at the end of the document all of them are asked for, in another order. A document:
+text, and at the end of the document there are questions for them, drawn with replacement. A document:
 
-    ...text\n# river stone text... text\n# moon glass text...\n? moon glass\n? river stone<end>
+    ...text\n# river stone text... text\n# moon glass text...\n? moon glass\n? river stone\n? moon glass<end>
+
+Were each needle asked for once, whoever remembers which values were given already would find 52 % of those of
+four needles, and the last one always, without looking up a single key.
 
 Text is that of the corpus' own split, keys and values are words that are one token each, and pairs are
 drawn anew for every document: nothing but the document says which value belongs to a key.
@@ -36,10 +39,12 @@ Ids = NDArray[np.int64]
 class NiahShape:
     """How documents look."""
 
-    tokens: int = 64
+    tokens: int = 96
     """Length of every document, its end included: one fills a sequence."""
     needles: int = 4
-    """Pairs hidden in a document, all of which are asked for."""
+    """Pairs hidden in a document."""
+    questions: int = 8
+    """Each is for any one of them."""
     words: int = 16
     """Keys to draw from, and as many values."""
     train_documents: int = 32768
@@ -142,14 +147,14 @@ def niah_document(
     for key, value, piece in zip(keys, values, np.split(text[:length], places), strict=False):
         parts += [piece, alphabet.needle, np.array([key, value])]
     parts.append(text[places[-1] : length])
-    for number in random.permutation(shape.needles):
+    for number in random.integers(0, shape.needles, shape.questions):
         parts += [alphabet.question, np.array([keys[number], values[number]])]
     return np.concatenate([*parts, np.array([alphabet.end])])
 
 
 def _haystack_tokens(shape: NiahShape) -> int:
     """What is left of a document for text."""
-    left = shape.tokens - 2 * PAIR_TOKENS * shape.needles - 1
+    left = shape.tokens - PAIR_TOKENS * (shape.needles + shape.questions) - 1
     if left < 1:
         raise ValueError(
             f"tokens={shape.tokens}: {shape.needles} needles and their questions leave no room for "

@@ -13,7 +13,9 @@ import yaml
 from data.niah import NiahShape, build_niah
 
 ROOT = Path(__file__).parents[2]
-SHAPE = NiahShape(tokens=48, needles=2, words=3, train_documents=64, validation_documents=16)
+SHAPE = NiahShape(
+    tokens=48, needles=2, questions=2, words=3, train_documents=64, validation_documents=16
+)
 STUDY = {
     "name": "tiny",
     "description": "tiny",

@@ -6,12 +6,11 @@ The files are DCP's own, as any program with torch reads them.
 import hashlib
 import io
 import os
-from collections.abc import Generator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch.futures
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
@@ -27,12 +26,12 @@ from torch.utils.serialization import config as save_options
 
 from train.checkpoint.manifest import FileHash
 
-_DURABLE_BYTES = 1 << 26
-"""A file is made durable so many bytes at a time, while the next ones are hashed."""
-
-
-_AHEAD_BYTES = 1 << 20
-"""Read ahead at a time; stays in the processor's cache."""
+_BEGIN_BYTES = 1 << 24
+"""The drive begins to write so many bytes of a file while the next ones are hashed."""
+_AHEAD_BYTES = 1 << 26
+"""A drive is asked for so many bytes while as many are copied."""
+_REQUEST_BYTES = 1 << 20
+"""Of one request: of a longer one the system may leave out the end."""
 
 
 class HashingWriter(FileSystemWriter):
@@ -61,7 +60,7 @@ class HashingWriter(FileSystemWriter):
 
 
 class AheadReader(FileSystemReader):
-    """DCP's reader; a thread reads ahead, so that the drive works while tensors are copied.
+    """DCP's reader; the drive already works on the next tensors while some are copied.
 
     Args:
         path: directory of the checkpoint.
@@ -69,29 +68,40 @@ class AheadReader(FileSystemReader):
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> torch.futures.Future[None]:
         """Read what a rank needs into its tensors, in the order of the files."""
-        places = {item.storage_index: self.storage_data[item.storage_index] for item in plan.items}
-
-        def place(item: ReadItem) -> tuple[str, int]:
-            found = places[item.storage_index]
-            return found.relative_path, found.offset
-
-        with ThreadPoolExecutor(1) as helper:
-            items = sorted(plan.items, key=place)
-            ahead = helper.submit(self._read_ahead, [places[item.storage_index] for item in items])
-            read = super().read_data(LoadPlan(items), planner)
-            ahead.result()
+        ahead, *others = self._groups(plan.items) or [[]]
+        self._ask_for(ahead)
+        for following in [*others, []]:
+            self._ask_for(following)
+            read = super().read_data(LoadPlan(ahead), planner)
+            ahead = following
         return read
 
-    def _read_ahead(self, places: Sequence[Any]) -> None:
-        """Let the system have parts of files in memory; what is read is not looked at."""
-        room = memoryview(bytearray(_AHEAD_BYTES))
-        for name, parts in groupby(places, key=lambda place: place.relative_path):
+    def _groups(self, items: Iterable[ReadItem]) -> list[list[ReadItem]]:
+        """What is read at a time; several tensors, or a large one."""
+        groups: list[list[ReadItem]] = []
+        room = 0
+        for item in sorted(items, key=self._place):
+            if room <= 0:
+                groups.append([])
+                room = _AHEAD_BYTES
+            groups[-1].append(item)
+            room -= self.storage_data[item.storage_index].length
+        return groups
+
+    def _place(self, item: ReadItem) -> tuple[str, int]:
+        found = self.storage_data[item.storage_index]
+        return found.relative_path, found.offset
+
+    def _ask_for(self, items: Iterable[ReadItem]) -> None:
+        """Have the system read parts of files into its memory; returns before it has."""
+        parts = [self.storage_data[item.storage_index] for item in items]
+        for name, of_file in groupby(parts, key=lambda part: part.relative_path):
             with (Path(self.path) / name).open("rb", buffering=0) as stream:
-                for part in parts:
-                    stream.seek(part.offset)
-                    left = part.length
-                    while left > 0 and (number := stream.readinto(room[:left])):
-                        left -= number
+                for part in of_file:
+                    end = part.offset + part.length
+                    for begin in range(part.offset, end, _REQUEST_BYTES):
+                        length = min(_REQUEST_BYTES, end - begin)
+                        os.posix_fadvise(stream.fileno(), begin, length, os.POSIX_FADV_WILLNEED)
 
 
 class _HashingFiles(FileSystem):
@@ -124,16 +134,14 @@ class _HashingStream(io.RawIOBase):
 
     def __init__(self, stream: io.BufferedIOBase) -> None:
         self._stream = stream
-        self._flusher = ThreadPoolExecutor(1)
-        self._flushed: Future[None] | None = None
-        self._fresh = 0
+        self._begun = 0
         self.digest = hashlib.sha256()
         self.size = 0
 
     def write(self, data: object) -> int:
         view = memoryview(data).cast("B")  # type: ignore[arg-type]
-        for begin in range(0, len(view), _DURABLE_BYTES):
-            self._append(view[begin : begin + _DURABLE_BYTES])
+        for begin in range(0, len(view), _BEGIN_BYTES):
+            self._append(view[begin : begin + _BEGIN_BYTES])
         return len(view)
 
     def tell(self) -> int:
@@ -146,11 +154,9 @@ class _HashingStream(io.RawIOBase):
     def fileno(self) -> int:
         """For whoever makes the content durable: all of it was handed to the system by now."""
         self._stream.flush()
-        self._wait()
         return self._stream.fileno()
 
     def close(self) -> None:
-        self._flusher.shutdown()
         self._stream.close()
         super().close()
 
@@ -158,13 +164,8 @@ class _HashingStream(io.RawIOBase):
         self.digest.update(view)
         self._stream.write(view)
         self.size += len(view)
-        self._fresh += len(view)
-        if self._fresh >= _DURABLE_BYTES:
-            self._wait()
-            self._flushed = self._flusher.submit(os.fdatasync, self._stream.fileno())
-            self._fresh = 0
-
-    def _wait(self) -> None:
-        """Raise what went wrong: the system tells it once, and not again when all is made durable."""
-        if self._flushed is not None:
-            self._flushed.result()
+        if self.size - self._begun >= _BEGIN_BYTES:
+            # Linux begins to write what it is told to forget; what is not written yet, it keeps.
+            length = self.size - self._begun
+            os.posix_fadvise(self.fileno(), self._begun, length, os.POSIX_FADV_DONTNEED)
+            self._begun = self.size
