@@ -39,11 +39,11 @@ Ids = NDArray[np.int64]
 class NiahShape:
     """How documents look."""
 
-    tokens: int = 96
+    tokens: int = 128
     """Length of every document, its end included: one fills a sequence."""
     needles: int = 4
     """Pairs hidden in a document."""
-    questions: int = 8
+    questions: int = 24
     """Each is for any one of them."""
     words: int = 16
     """Keys to draw from, and as many values."""

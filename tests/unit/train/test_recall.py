@@ -12,7 +12,7 @@ from data.packing import Batch, PackingRules, pack
 from train.config import EvaluateConfig, RunConfig, TrainConfig
 from train.recall import answer_places, learned, recall_record
 
-SHAPE = NiahShape(tokens=30, needles=3, words=6)
+SHAPE = NiahShape(tokens=30, needles=3, questions=3, words=6)
 ALPHABET = Alphabet(
     needle=np.array([1, 2]),
     question=np.array([1, 3]),
