@@ -84,7 +84,7 @@ def reference(tiny_corpus: Path) -> list[dict[str, Any]]:
 def test_every_stage_trains_alike_on_sharded_ranks(
     tiny_corpus: Path, reference: list[dict[str, Any]]
 ) -> None:
-    found = run_distributed(train_rank, 2, sparse_recipe(tiny_corpus, 2, 2, 1))
+    found = run_distributed(train_rank, 2, sparse_recipe(tiny_corpus, 2, 2, 2))
     for stage, ours, theirs in zip(STAGES, found[0], reference, strict=True):
         learning = INDEXING if stage != "dense" else ()
         for name in (*LOSSES, *learning):
