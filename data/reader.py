@@ -8,9 +8,9 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
-from zlib import crc32
 
 import numpy as np
+from isal.isal_zlib import crc32  # four times as fast as zlib's
 from numpy.typing import NDArray
 
 from data.config import FaultConfig
