@@ -248,7 +248,7 @@ def test_a_real_run_is_seen_while_it_trains(tiny_corpus: Path, tmp_path: Path) -
         *("parallel.data_parallel_size=1", "parallel.expert_parallel_size=1"),
         *("model.residual=hc", "model.vocab_size=512", "model.hidden_size=32"),
         *("model.num_layers=2", "data.sequence_length=64", "train.global_batch_size=4"),
-        *("train.steps=300", "monitor.expert_load_every_steps=20"),
+        *("train.steps=120", "monitor.expert_load_every_steps=20"),
         *("monitor.wandb=false", "monitor.tensorboard=false", "evaluate.every_steps=0"),
     ]
     command = [sys.executable, "-m", "launch.cli", "train", str(recipe), *overrides]
@@ -261,7 +261,7 @@ def test_a_real_run_is_seen_while_it_trains(tiny_corpus: Path, tmp_path: Path) -
             early = wait(watched, "state.curves.length === 1 && state.curves[0].records >= 2", 90.0)
             assert process.poll() is None, "it goes on"
             wait(watched, f"state.curves[0].records > {early['curves'][0]['records']}")
-            late = wait(watched, "state.curves[0].records === 300", 120.0)
+            late = wait(watched, "state.curves[0].records === 120", 120.0)
             assert process.wait(timeout=60) == 0
             last = json.loads((runs / "live" / "metrics.jsonl").read_text().splitlines()[-1])
             assert late["curves"][0]["raw"] == last["loss"]
@@ -269,7 +269,7 @@ def test_a_real_run_is_seen_while_it_trains(tiny_corpus: Path, tmp_path: Path) -
                 watched.page.locator(".monitor[data-metric=model_flops_utilization]").count() == 1
             )
             label = "document.querySelector('#heat-map').getAttribute('aria-label')"
-            wait(watched, f"{label}?.includes('30 columns')")
+            wait(watched, f"{label}?.includes('12 columns')")
             assert watched.problems == []
     finally:
         process.kill()
