@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from queue import Queue
 from typing import TypeVar
 
+import torch
+
 T = TypeVar("T")
 
 
@@ -29,6 +31,7 @@ class _Prefetcher(Iterator[T]):
         thread = threading.Thread(
             target=_produce, args=(items, self._queue, stop), name="data-loader", daemon=True
         )
+        torch.get_num_threads()  # this thread's count is settled before the new thread's
         thread.start()
         self._close = weakref.finalize(self, _stop, thread, stop, self._queue)
 
@@ -42,6 +45,9 @@ class _Prefetcher(Iterator[T]):
 
 
 def _produce(items: Iterator[T], queue: "Queue[T | Exception]", stop: threading.Event) -> None:
+    torch.set_num_threads(
+        1
+    )  # as in parallel.engram_thread: the model's OpenMP team stays the only one
     while not stop.is_set():
         try:
             queue.put(next(items))

@@ -91,7 +91,7 @@ def decode_frames(
     options = {"format_whitelist": _FORMATS}
     with undecodable(), av.open(BytesIO(payload), "r", options=options) as container:
         shown = {
-            number: resize(frame.to_image(), size)
+            number: resize(frame.to_ndarray(format="rgb24"), size)
             for number, frame in _frames(container, sorted(set(numbers)), stored)
         }
     return np.stack([shown[number] for number in numbers])

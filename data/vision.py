@@ -16,6 +16,8 @@ from jaxtyping import Int64, UInt8
 from numpy.typing import NDArray
 from torch import Tensor
 
+from data.planes import planes
+
 
 @dataclass(frozen=True)
 class VisionInput:
@@ -81,7 +83,7 @@ def patchify(
     """Cut an image or clip into patches, in the order of this module.
 
     Args:
-        frames: [frames, height, width, channels]; the frames of an image are equal.
+        frames: [frames, height, width, 3]; the frames of an image are equal.
         patch_size: height and width of a patch in pixels.
         frames_per_patch: must divide the frames.
         spatial_merge: with patch_size, must divide height and width.
@@ -90,7 +92,7 @@ def patchify(
         Patches [t h w, channels frames_per_patch patch_size^2], and the grid (t, h, w) of patches.
 
     Raises:
-        ValueError: the sizes do not divide.
+        ValueError: the sizes do not divide, or there are not three channels.
     """
     number, height, width, channels = frames.shape
     side = patch_size * spatial_merge
@@ -101,8 +103,7 @@ def patchify(
         )
     t, h, w = number // frames_per_patch, height // patch_size, width // patch_size
     # A row of a patch is what moves, as one item: numpy takes a third of the time for it.
-    planes = frames.transpose(0, 3, 1, 2).copy()
-    rows = planes.view(np.dtype((np.void, patch_size)))
+    rows = planes(frames).view(np.dtype((np.void, patch_size)))
     blocks = (h // spatial_merge, spatial_merge, patch_size, w // spatial_merge, spatial_merge)
     cut = rows.reshape(t, frames_per_patch, channels, *blocks)
     # (t, frame, channel, block row, row in block, y, block column, column in block) to

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
@@ -221,10 +222,12 @@ class _Background(threading.Thread):
         self._job = job
         self.error: BaseException | None = None
         """Why it failed; None as long as it has not."""
+        torch.get_num_threads()  # this thread's count is settled before the new thread's
         self.start()
 
     def run(self) -> None:
         """Do it; `CheckpointSaver.wait` raises what it raised."""
+        torch.set_num_threads(1)  # as in parallel.engram_thread; training has the cores
         try:
             self._job()
         except BaseException as error:

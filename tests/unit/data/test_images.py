@@ -1,6 +1,9 @@
 """Images: sizes, decoding against Pillow by hand, and what is refused."""
 
+import os
 import struct
+import subprocess
+import sys
 import zlib
 from io import BytesIO
 from pathlib import Path
@@ -11,7 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from data.images import UndecodableError, decode_image, fit, image_size
+from data.images import UndecodableError, decode_image, fit, image_size, resize
+from tests.unit.data.pixels import assert_rounds_alike
 
 
 def photograph() -> Image.Image:
@@ -53,7 +57,61 @@ def test_every_format_is_decoded_as_pillow_does(form: str) -> None:
     payload = encoded(photograph().resize((90, 70)), form)
     wanted = Image.open(BytesIO(payload)).convert("RGB").resize((64, 32), Image.Resampling.BICUBIC)
     found = decode_image(payload, stored=(90, 70), size=(64, 32))
-    np.testing.assert_array_equal(found, np.asarray(wanted))
+    assert_rounds_alike(found, wanted)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"subsampling": "4:4:4"},
+        {"subsampling": "4:2:2"},
+        {"subsampling": "4:2:0"},
+        {"subsampling": "4:2:0", "progressive": True},
+        {"subsampling": "4:2:0", "quality": 9},
+        {"keep_rgb": True},
+    ],
+    ids=str,
+)
+def test_jpegs_have_the_bits_of_pillow(options: dict[str, Any]) -> None:
+    """Of the two decoders, at every scale and with odd sides."""
+    for width, height in ((509, 601), (64, 32), (17, 3)):
+        picture = photograph().resize((width, height))
+        payload = encoded(picture, "JPEG", **options)
+        for divisor in (1, 2, 4, 8, 16):
+            size = (max(1, width // divisor), max(1, height // divisor))
+            wanted = Image.open(BytesIO(payload))
+            wanted.draft("RGB", (2 * size[0], 2 * size[1]))
+            found = decode_image(payload, stored=(width, height), size=size)
+            np.testing.assert_array_equal(found, resize(np.array(wanted), size))
+
+
+@pytest.mark.parametrize("cut", [0.3, 0.6, 0.97])
+def test_a_jpeg_that_is_cut_short_is_what_pillow_says(cut: float) -> None:
+    payload = encoded(photograph(), "JPEG")
+    payload = payload[: int(len(payload) * cut)]
+    with pytest.raises(UndecodableError, match="truncated"):
+        decode_image(payload, stored=photograph().size, size=(64, 64))
+
+
+def test_every_processor_rounds_alike() -> None:
+    """A run may go on on another machine: resizing with vector instructions changes no bit."""
+    program = (
+        "import numpy as np; from data.images import resize;"
+        "from tests.unit.data.pixels import noise;"
+        "print([resize(noise(90, 70, 1), size).astype(int).cumsum()[-99:].tolist()"
+        " for size in ((64, 32), (128, 96), (7, 200))])"
+    )
+    plain, vectors = (
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env=os.environ | capability,
+            capture_output=True,
+            check=True,
+            text=True,
+        ).stdout
+        for capability in ({"ATEN_CPU_CAPABILITY": "default"}, {})
+    )
+    assert plain == vectors != ""
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -66,7 +124,7 @@ def test_orientation_of_the_camera(orientation: int, form: str) -> None:
     assert image_size(payload) == upright.size == ((64, 96) if orientation > 4 else (96, 64))
     wanted = upright.resize((64, 64), Image.Resampling.BICUBIC)
     found = decode_image(payload, stored=upright.size, size=(64, 64))
-    np.testing.assert_array_equal(found, np.asarray(wanted))
+    assert_rounds_alike(found, wanted)
 
 
 @pytest.mark.parametrize("orientation", [1, 6])

@@ -9,7 +9,7 @@ from data.vision import VisionInput, patch_coordinates, patchify
 
 
 def test_every_pixel_is_where_the_order_says() -> None:
-    size, frames_per_patch, merge, channels = 2, 3, 2, 4
+    size, frames_per_patch, merge, channels = 2, 3, 2, 3
     frames = np.random.default_rng(0).integers(0, 256, (6, 8, 12, channels)).astype(np.uint8)
     patches, grid = patchify(
         frames, patch_size=size, frames_per_patch=frames_per_patch, spatial_merge=merge
@@ -47,6 +47,13 @@ def test_coordinates_of_several_images_follow_each_other() -> None:
 def test_sizes_that_do_not_divide_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="must be multiples of 2 frames and 4 pixels"):
         patchify(np.zeros(shape, np.uint8), patch_size=2, frames_per_patch=2, spatial_merge=2)
+
+
+def test_other_than_three_channels_are_refused() -> None:
+    with pytest.raises(ValueError, match="4 values for each pixel: must be 3"):
+        patchify(
+            np.zeros((2, 8, 8, 4), np.uint8), patch_size=2, frames_per_patch=2, spatial_merge=2
+        )
 
 
 def example() -> VisionInput:
