@@ -45,7 +45,7 @@ def run(batch: Batch) -> Tensor:
     return torch.stack([output.logits, *output.mtp_logits], dim=2)[0]
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(documents=SEQUENCES)
 def test_packed_equals_separate(documents: list[Document]) -> None:
     together = run(pack_documents([documents], VISION))
@@ -53,7 +53,7 @@ def test_packed_equals_separate(documents: list[Document]) -> None:
     torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-5)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(documents=SEQUENCES, picture=pictures(), data=st.data())
 def test_changed_pixels_move_only_the_rest_of_their_document(
     documents: list[Document], picture: Frames, data: st.DataObject

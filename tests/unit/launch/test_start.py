@@ -153,6 +153,7 @@ def test_tables_of_engram_may_change_where_fresh_ones_are_wanted(
         start.resume(Path("runs/d"), ["model.engram.head_dim=4", fresh])
 
 
+@pytest.mark.slow
 def test_fresh_tables_are_started_once(
     toy: Environment, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -244,7 +244,9 @@ def test_without_pictures_every_weight_of_the_tower_has_a_zero_gradient(dtype: t
         assert not parameter.grad.any(), name
 
 
-@pytest.mark.parametrize("attention", ["mla", "dsa", "v4_hybrid"])
+@pytest.mark.parametrize(
+    "attention", ["mla", pytest.param("dsa", marks=pytest.mark.slow), "v4_hybrid"]
+)
 def test_text_is_computed_as_without_vision_bit_by_bit(attention: str) -> None:
     seeing, plain = (
         build(with_changes(config, attention=attention, compressed=HYBRID), seed=3)

@@ -61,11 +61,11 @@ def step(config: ModelConfig, kind: Recompute) -> dict[str, Any]:
     [
         (DEEP, "streams"),
         (DEEP, "full"),
-        (NEWER, "streams"),
         (NEWER, "full"),
         (SPARSE, "streams"),
-        (SPARSE, "full"),
-        (replace(DEEP, residual="hc"), "full"),
+        pytest.param(NEWER, "streams", marks=pytest.mark.slow),
+        pytest.param(SPARSE, "full", marks=pytest.mark.slow),
+        pytest.param(replace(DEEP, residual="hc"), "full", marks=pytest.mark.slow),
         (replace(DEEP, residual="plain"), "full"),
     ],
 )
