@@ -45,9 +45,8 @@ class _Prefetcher(Iterator[T]):
 
 
 def _produce(items: Iterator[T], queue: "Queue[T | Exception]", stop: threading.Event) -> None:
-    torch.set_num_threads(
-        1
-    )  # as in parallel.engram_thread: the model's OpenMP team stays the only one
+    # As in `parallel.engram_thread`: the model's team of OpenMP threads stays the only one.
+    torch.set_num_threads(1)
     while not stop.is_set():
         try:
             queue.put(next(items))

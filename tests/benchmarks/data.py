@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from simplejpeg import decode_jpeg
 
 from data.config import DataConfig, ImageConfig, SourceConfig
 from data.loader import Batch, build_loader
@@ -155,15 +156,15 @@ def batches(corpora: Corpora) -> list[Row]:
 
 
 def images(corpora: Corpora) -> list[Row]:
-    """JPEG to patches, beside nothing but Pillow's decoder with the bytes at hand."""
+    """JPEG to patches, beside nothing but a decoder with the bytes at hand: Pillow, and the one we use."""
     small, large = f"{PIXELS} x {PIXELS}", f"{PHOTOGRAPH_PIXELS} x {PHOTOGRAPH_PIXELS}"
     return [
-        decoding(small, corpora.images, IMAGES),
-        decoding(f"{large}, made smaller", corpora.photographs, PHOTOGRAPHS),
+        *decoding(small, corpora.images, IMAGES),
+        *decoding(f"{large}, made smaller", corpora.photographs, PHOTOGRAPHS),
     ]
 
 
-def decoding(case: str, path: Path, number: int) -> Row:
+def decoding(case: str, path: Path, number: int) -> list[Row]:
     """One source of images."""
     reader = SplitReader(path, source="images", split="train")
     documents = PictureDocuments(reader, GEOMETRY, ImageConfig(max_rows=64))
@@ -173,13 +174,22 @@ def decoding(case: str, path: Path, number: int) -> Row:
         for payload in payloads:
             np.asarray(Image.open(BytesIO(payload)).convert("RGB"))
 
+    def decode_by_ours() -> None:
+        for payload in payloads:
+            decode_jpeg(payload, fastdct=False, fastupsample=False)
+
     found = rates(
         {
             "Mneme": (lambda: consume(map(documents.read, order(number))), number),
             "bare decoding": (decode, number),
+            "bare decoding by simplejpeg": (decode_by_ours, number),
         }
     )
-    return row(f"JPEG to patches, {case}", "images/s", found, "bare decoding", target=0.95)
+    name = f"JPEG to patches, {case}"
+    return [
+        row(name, "images/s", found, "bare decoding", target=0.95),
+        row(name, "images/s", found, "bare decoding by simplejpeg"),
+    ]
 
 
 def resume(corpora: Corpora) -> list[Row]:

@@ -227,7 +227,7 @@ class _Background(threading.Thread):
 
     def run(self) -> None:
         """Do it; `CheckpointSaver.wait` raises what it raised."""
-        torch.set_num_threads(1)  # as in parallel.engram_thread; training has the cores
+        torch.set_num_threads(1)  # as in `parallel.engram_thread`
         try:
             self._job()
         except BaseException as error:
