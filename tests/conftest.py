@@ -1,5 +1,6 @@
 """Fixtures that several folders of tests share."""
 
+import gc
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -21,3 +22,9 @@ def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     build_corpus(destination, sources, vocab_size=512, skipped=skipped, progress=False)
     return destination
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: the collector need not walk it in every test and every forked rank."""
+    gc.collect()
+    gc.freeze()

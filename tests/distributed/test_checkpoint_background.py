@@ -25,7 +25,7 @@ from train.step import train_step
 
 SAVER = "train.checkpoint.saver"
 EVERY = CheckpointConfig(every_steps=2, keep_last=99)
-STEPS = 8
+STEPS = 6
 TWO = {"data_parallel_size": 2, "expert_parallel_size": 2}
 
 
@@ -70,7 +70,7 @@ def test_what_is_saved_is_the_state_of_its_step_though_training_went_on(
     assert run_distributed(slowly, 2, config, behind) == [0, 0]
     assert records(behind) == records(waiting)
     steps = [step for step, _ in complete_checkpoints(behind)]
-    assert steps == [2, 4, 6, 8]
+    assert steps == [2, 4, 6]
     for step in steps:
         name = f"checkpoints/step-{step:08d}"
         wanted = contents(waiting / name, tmp_path / "wanted.pt")

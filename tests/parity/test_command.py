@@ -208,7 +208,7 @@ def test_layouts_of_all_axes(parity: Callable[..., tuple[int, str]]) -> None:
 @pytest.mark.parametrize(
     ("fault", "layout", "first", "blamed"),
     [
-        (one_rank_scales_expert_rows, "dp2,ep2", "output of layers.1.ffn", "ep"),
+        slow(one_rank_scales_expert_rows, "dp2,ep2", "output of layers.1.ffn", "ep"),
         slow(gradients_are_averaged, "dp2,ep2", "gradient of mtp.0.norm.weight", "dp"),
         slow(
             load_counts_stay_local, "dp2", "layers.1.ffn.router.expert_bias after the update", "dp"

@@ -256,7 +256,7 @@ SLOW = (pytest.mark.slow, pytest.mark.timeout(200))
     ("kind", "zero", "recompute"),
     [
         ("mhc", ZeroConfig(stage=2), "none"),
-        ("mhc", HOST, "none"),
+        pytest.param("mhc", HOST, "none", marks=SLOW),
         pytest.param("mhc", ZeroConfig(stage=1), "none", marks=SLOW),
         pytest.param("mhc", ZeroConfig(stage=1, offload_optimizer="cpu"), "full", marks=SLOW),
         pytest.param("mhc", ZeroConfig(stage=3), "full", marks=SLOW),

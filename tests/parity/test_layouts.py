@@ -100,12 +100,12 @@ def one_rank(corpus: Path, residual: str, optim: OptimConfig) -> list[dict[str, 
 
 
 CASES = [
-    ("mhc", 4, 2, 1, ADAMW),
-    ("plain", 2, 2, 2, ADAMW),
+    ("mhc", 2, 2, 2, ADAMW),
     ("mhc", 2, 1, 2, MUON),
 ]
 MORE = [
-    ("mhc", 2, 2, 2, ADAMW),
+    ("mhc", 4, 2, 1, ADAMW),
+    ("plain", 2, 2, 2, ADAMW),
     ("mhc", 4, 4, 2, ADAMW),
     ("hc", 4, 2, 1, ADAMW),
     ("plain", 4, 2, 1, ADAMW),

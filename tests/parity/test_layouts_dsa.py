@@ -81,6 +81,7 @@ def reference(tiny_corpus: Path) -> list[dict[str, Any]]:
     return steps
 
 
+@pytest.mark.slow
 def test_every_stage_trains_alike_on_sharded_ranks(
     tiny_corpus: Path, reference: list[dict[str, Any]]
 ) -> None:

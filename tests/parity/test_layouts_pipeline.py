@@ -159,11 +159,11 @@ def of_two_steps(config: RunConfig) -> RunConfig:
 
 
 def test_pipelines_compute_what_one_rank_does(tiny_corpus: Path) -> None:
-    """Uneven stages; and stages in a V whose backward passes are split, beside data and experts."""
+    """Uneven stages; and stages in a V whose backward passes are split."""
     wanted = run(on_one_rank(of_two_steps(stack(tiny_corpus, "mhc_single_pass"))))
     uneven = in_pipeline(stack(tiny_corpus, "mhc_single_pass"), 2, pipeline_layers=(3, 1))
     assert_same(run(of_two_steps(uneven)), wanted)
-    in_a_v = in_pipeline(stack(tiny_corpus, "mhc_single_pass", 2, 2), 2, "dualpipev")
+    in_a_v = in_pipeline(stack(tiny_corpus, "mhc_single_pass"), 2, "dualpipev")
     assert_same(run(of_two_steps(in_a_v)), wanted)
 
 
@@ -206,6 +206,7 @@ WITH_CONTEXT_2 = {"context_parallel_size": 2}
     [
         more(2, "1f1b", 2, 2, {}),
         (2, "interleaved_1f1b", 2, 1, {}),
+        (2, "dualpipev", 2, 2, {}),
         more(2, "zbv", 2, 2, {}),
         more(2, "looped_bfs", 2, 2, {"reshard_after_forward": False}),
         (4, "1f1b", 1, 1, {}),
@@ -277,6 +278,7 @@ def test_sparse_attention_through_its_stages(
     assert_same(run(in_pipeline(config, 2, schedule, **keys)), run(on_one_rank(config)))
 
 
+@pytest.mark.slow
 def test_the_indexers_warm_up_in_a_pipeline(tiny_corpus: Path) -> None:
     """As in V3.2: all else frozen, at a rate of its own, then everything learns."""
     config = with_layers(sparse_recipe(tiny_corpus, 1, 1, 2), 3)
