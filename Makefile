@@ -48,6 +48,7 @@ check: install
 	$(BIN)/hadolint docker/Dockerfile.*
 
 bench: install
+	$(BIN)/mneme data build quickstart_mm
 	$(BIN)/mneme bench cli
 	$(BIN)/mneme bench step
 	$(BIN)/mneme bench model

@@ -119,15 +119,18 @@ class ShardIndex:
 
     def member_name(self, member: int) -> str:
         """Name in the tar: key, dot, extension."""
-        return self.member_names(member, member + 1)[0]
+        start, end = self.first_name[member : member + 2].tolist()
+        return self.names[start:end].tobytes().decode("utf-8", "surrogateescape")
 
-    def member_names(self, first: int, stop: int) -> list[str]:
-        """Names of neighbouring members."""
+    def extensions(self, first: int, stop: int) -> list[str]:
+        """Extensions of neighbouring members of one sample, as `split_name` has them."""
         bounds = self.first_name[first : stop + 1].tolist()
         start = bounds[0]
         text = self.names[start : bounds[-1]].tobytes()
+        name_of_file = text.rfind(b"/", 0, bounds[1] - start) + 1
+        after_key = text.index(b".", name_of_file) + 1 - start
         return [
-            text[a - start : b - start].decode(errors="surrogateescape")
+            text[a + after_key : b - start].decode("utf-8", "surrogateescape")
             for a, b in pairwise(bounds)
         ]
 

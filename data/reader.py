@@ -19,7 +19,7 @@ from data.faults import Cause, DamagedSampleError, Fault
 from data.index import INDEX_SUFFIX, TOKENS_SUFFIX, Medium, ShardIndex
 from data.manifest import HOW_TO_BUILD, MANIFEST_NAME, WITHOUT_SPLITS, Manifest, ShardEntry
 from data.storage import Folder, inside, open_folder
-from data.tars import CorruptShardError, split_name
+from data.tars import CorruptShardError
 
 _REMEDY = (
     f"restore the shard from a copy, or remove the corpus and {HOW_TO_BUILD}; to train without what "
@@ -148,18 +148,17 @@ class SplitReader:
         """
         shard, number = self._locate(document)
         index = self._indexes[shard]
-        first, stop = index.first_member.item(number), index.first_member.item(number + 1)
-        names = index.member_names(first, stop)
-        after_key = len(split_name(names[0])[0]) + 1
+        first, stop = index.first_member[number : number + 2].tolist()
         offsets, sizes = index.offset[first:stop].tolist(), index.size[first:stop].tolist()
+        extensions, sums = index.extensions(first, stop), index.crc32[first:stop].tolist()
         start, end = offsets[0], offsets[-1] + sizes[-1]
         raw = self._read_of(document, self._shards[shard], start, end - start)
-        sums, found = index.crc32[first:stop].tolist(), {}
-        for name, offset, size, checksum in zip(names, offsets, sizes, sums, strict=True):
-            payload = raw[offset - start : offset - start + size]
-            if len(payload) != size or crc32(payload) != checksum:
+        found = {}
+        for extension, offset, size, checksum in zip(extensions, offsets, sizes, sums, strict=True):
+            at = offset - start
+            found[extension] = payload = raw[at : at + size]
+            if crc32(payload) != checksum or len(payload) != size:
                 raise self._not_as_written(document, payload, size, checksum)
-            found[name[after_key:]] = payload
         return found
 
     def place(self, document: int) -> tuple[str, str]:

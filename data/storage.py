@@ -7,6 +7,7 @@ pauses; a file that is not there is not.
 """
 
 import os
+import weakref
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable
@@ -142,10 +143,7 @@ class LocalFolder(Folder):
         super().__init__(place, faults)
         self._path = Path(place)
         self._files: OrderedDict[str, int] = OrderedDict()
-
-    def __del__(self) -> None:
-        """Close what is open."""
-        self.close()
+        weakref.finalize(self, _close_all, self._files)
 
     def where(self, name: str) -> str:
         """The absolute path."""
@@ -153,9 +151,7 @@ class LocalFolder(Folder):
 
     def close(self) -> None:
         """Close open files."""
-        files = getattr(self, "_files", {})
-        while files:
-            os.close(files.popitem()[1])
+        _close_all(self._files)
 
     def _read(self, name: str, start: int, size: int) -> bytes:
         file = self._files.get(name)
@@ -194,6 +190,11 @@ class LocalFolder(Folder):
     def _sizes(self) -> dict[str, int]:
         with os.scandir(self._path) as entries:
             return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+
+
+def _close_all(files: OrderedDict[str, int]) -> None:
+    while files:
+        os.close(files.popitem()[1])
 
 
 class RemoteFolder(Folder):

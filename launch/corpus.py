@@ -5,6 +5,14 @@ from pathlib import Path
 
 from train.config import RunConfig
 
+_COMMANDS = {
+    "code": "quickstart",
+    "docs": "quickstart",
+    "pictures": "quickstart_mm",
+    "niah": "niah",
+}
+"""What `mneme data build` calls the corpus whose folder is the key."""
+
 
 def corpus_problems(config: RunConfig) -> list[str]:
     """What is missing on disk, or does not fit, for this recipe to be trained."""
@@ -15,10 +23,11 @@ def corpus_problems(config: RunConfig) -> list[str]:
             continue
         missing = [split for split in splits if not (Path(source.path) / split).is_dir()]
         if missing:
-            corpus = "niah" if Path(source.path).name == "niah" else "quickstart"
+            corpus, folder = Path(source.path).parent, Path(source.path).name
+            what = _COMMANDS.get(folder, f"{corpus} --source {folder}, and your files (see --help)")
             problems.append(
                 f"data.sources.{name}.path={source.path}: no {' or '.join(missing)} shards there; "
-                f"make them with: mneme data build {corpus}"
+                f"make them with: mneme data build {what}"
             )
     tokenizer = Path(config.data.tokenizer)
     if not tokenizer.is_file():

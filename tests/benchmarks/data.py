@@ -28,6 +28,8 @@ from data.order import permute, round_keys
 from data.pictures import PictureDocuments, VisionGeometry
 from data.reader import SplitReader
 from launch.bench import Row
+from launch.compose import compose
+from launch.corpus import corpus_problems
 from tests.benchmarks.of_data.corpora import (
     DOCUMENTS,
     IMAGES,
@@ -44,14 +46,20 @@ SEQUENCE_LENGTH, BATCH, BATCHES = 4096, 8, 60
 GEOMETRY = VisionGeometry(
     placeholder_token_id=MEDIA_TOKEN, patch_size=16, frames_per_patch=1, spatial_merge=2
 )
-RECIPES = {"v4_nano": "quickstart", "v4_nano_mm": "quickstart_mm"}
+RECIPES = ("v4_nano", "v4_nano_mm")
 TRAINED_STEPS, WARM_UP = 25, 5
 
 Reader = Callable[[], object]
 
 
 def run() -> list[Row]:
-    """All of it: readers side by side, resuming, and what the trainer waits."""
+    """All of it: readers side by side, resuming, and what the trainer waits.
+
+    Raises:
+        ValueError: a corpus that the nano recipes train on is not there.
+    """
+    if problems := [p for recipe in RECIPES for p in corpus_problems(compose(recipe).config)]:
+        raise ValueError("\n".join(dict.fromkeys(problems)))
     with tempfile.TemporaryDirectory() as folder:
         corpora = make(Path(folder))
         rows = [
@@ -225,9 +233,7 @@ def _moved(state: dict[str, str], tokens: int) -> dict[str, str]:
 def waiting() -> list[Row]:
     """Share of a step in which the trainer waits for its batch."""
     rows = []
-    for recipe, corpus in RECIPES.items():
-        if not (Path("corpus") / "tokenizer.json").is_file():
-            raise ValueError(f"corpus: not there; build it with `mneme data build {corpus}`")
+    for recipe in RECIPES:
         with tempfile.TemporaryDirectory() as folder:
             run_dir = Path(folder) / "run"
             overrides = [f"train.steps={TRAINED_STEPS}", "evaluate.every_steps=0"]

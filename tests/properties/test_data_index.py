@@ -122,12 +122,15 @@ def test_shards_are_what_tarfile_and_webdataset_read(
             for i in infos
         ]
         for number, sample in enumerate(samples):
-            names = [index.member_name(member) for member in index.members(number)]
+            members = index.members(number)
+            names = [index.member_name(member) for member in members]
+            extensions = index.extensions(members.start, members.stop)
+            assert extensions == [split_name(name)[1] for name in names]
             assert index.key(number) == sample.key
             assert names == sorted(names, key=lambda name: split_name(name)[1])
             assert split_name(names[0])[1] == "json"
             assert {split_name(member)[0] for member in names} == {sample.key}
-            assert index.media(number) == expected_media(sample, index.members(number).start, names)
+            assert index.media(number) == expected_media(sample, members.start, names)
             start = int(index.token_offset[number])
             stored = np.frombuffer(raw, "<u2", int(index.num_tokens[number]), start)
             np.testing.assert_array_equal(stored, sample.tokens)

@@ -39,11 +39,21 @@ def test_a_missing_corpus_says_how_to_make_it(nano: RunConfig, tmp_path: Path) -
     assert len(corpus_problems(replace(config, evaluate=EvaluateConfig(every_steps=0)))) == 1
 
 
-def test_needles_are_built_by_a_command_of_their_own(nano: RunConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("folder", "command"),
+    [
+        ("niah", "mneme data build niah"),
+        ("pictures", "mneme data build quickstart_mm"),
+        ("mine", "mneme data build {} --source mine, and your files (see --help)"),
+    ],
+)
+def test_every_source_has_its_own_command(
+    nano: RunConfig, tmp_path: Path, folder: str, command: str
+) -> None:
     config = corpus(tmp_path, nano)
-    niah = {"niah": SourceConfig(path=str(tmp_path / "niah"))}
-    [problem] = corpus_problems(replace(config, data=replace(config.data, sources=niah)))
-    assert problem.endswith("mneme data build niah")
+    sources = {"name": SourceConfig(path=str(tmp_path / folder))}
+    [problem] = corpus_problems(replace(config, data=replace(config.data, sources=sources)))
+    assert problem.endswith(f"make them with: {command.format(tmp_path)}")
 
 
 def test_a_vocabulary_that_does_not_hold_the_tokenizer_is_refused(
