@@ -99,7 +99,7 @@ def passes(sizes: tuple[int, ...] = SIZES, rounds: int = ROUNDS) -> list[Row]:
 
 
 def passes_of(size: int, rounds: int) -> float:
-    """CPU seconds of both passes, the median over rounds with other rows and a cold cache."""
+    """CPU seconds of both passes, the median over rounds with other rows and cold inner caches."""
     with store_of(size, WIDTH, RowAdagrad(1e-10)) as store:
         for array in store.arrays.values():
             array.fill(1)
@@ -110,7 +110,7 @@ def passes_of(size: int, rounds: int) -> float:
         found = []
         for turn in range(WARM_UP + rounds):
             local = distinct(generator, size, TOUCHED)
-            other += 1.0  # 64 MB, more than the caches hold
+            other += 1.0  # 64 MB; a larger outermost cache keeps the rows of small tables
             start = time.process_time()
             store.gather(local, out)
             update(store, local, gradients, turn)

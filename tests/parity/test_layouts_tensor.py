@@ -31,7 +31,9 @@ from train.step import train_step
 STEPS = 2
 SIZES = [field.name for field in fields(ParallelConfig) if field.name.endswith("_size")]
 REFERENCE: Literal["reference"] = "reference"
-LOSSES = ("loss", "loss_main", "loss_mtp", "loss_balance", "grad_norm", "validation/loss")
+LOSSES = ("loss", "loss_main", "loss_mtp", "loss_balance", "grad_norm")
+EVALUATED = "validation/loss"
+"""After the last step."""
 MODELS = (
     "mhc",
     "hc",
@@ -99,11 +101,6 @@ def train_rank(rank: int, config: RunConfig, overloaded: bool) -> list[dict[str,
     return found if rank == 0 else []
 
 
-def losses_in(record: dict[str, Any]) -> list[str]:
-    """What is compared of a step's numbers; the last one has been evaluated."""
-    return [name for name in record if name in LOSSES or name.startswith("dsa/")]
-
-
 @cache
 def one_rank(corpus: Path, model: str) -> list[dict[str, Any]]:
     config = config_of(corpus, model, ParallelConfig(), micro=8)
@@ -124,8 +121,10 @@ def compare(
     config = replace(config, train=replace(config.train, recompute=recompute))
     ranks, overloaded = world_size(parallel), model == "two_experts"
     found = run_distributed(train_rank, ranks, config, overloaded, timeout=300.0)
-    for ours, theirs in zip(found[0], one_rank(corpus, model), strict=True):
-        for name in losses_in(theirs):
+    reference = one_rank(corpus, model)
+    assert found[0][-1][EVALUATED] == pytest.approx(reference[-1][EVALUATED], rel=1e-12)
+    for ours, theirs in zip(found[0], reference, strict=True):
+        for name in (*LOSSES, *(name for name in theirs if name.startswith("dsa/"))):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-12), name
         assert ours.get("moe/load_cv") == theirs.get("moe/load_cv")
         for mine, other in zip(ours["bias"], theirs["bias"], strict=True):
@@ -183,8 +182,10 @@ def test_bf16_stays_close_and_repeats_bitwise(tiny_corpus: Path) -> None:
     config = replace(config, train=replace(config.train, dtype="bf16"))
     found, again = (run_distributed(train_rank, 2, config, False)[0] for _ in range(2))
     assert same(found, again)
-    for ours, theirs in zip(found, one_rank(tiny_corpus, "mhc"), strict=True):
-        for name in losses_in(theirs):
+    reference = one_rank(tiny_corpus, "mhc")
+    assert found[-1][EVALUATED] == pytest.approx(reference[-1][EVALUATED], rel=0.02)
+    for ours, theirs in zip(found, reference, strict=True):
+        for name in LOSSES:
             assert ours[name] == pytest.approx(theirs[name], rel=0.02), name
 
 
@@ -257,6 +258,7 @@ def test_megatrons_losses_train_alike(
     )
     found = [run_distributed(train_rank, 2, c, False, timeout=500.0)[0] for c in (ours, theirs)]
     bound = 1e-6 if dtype == "fp32" else 2e-3
+    assert found[1][-1][EVALUATED] == pytest.approx(found[0][-1][EVALUATED], rel=bound)
     for mine, other in zip(*found, strict=True):
-        for name in losses_in(mine):
+        for name in LOSSES:
             assert other[name] == pytest.approx(mine[name], rel=bound), name
