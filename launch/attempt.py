@@ -144,6 +144,7 @@ def run_attempt(
             node=node,
             endpoint=attempt.endpoint,
             threads=launch.threads_per_rank or max(1, available_cores() // node.ranks),
+            backend=attempt.config.parallel.backend,
         )
         try:
             return _supervise(runner, signals, others, say, launch.stop_deadline_seconds)

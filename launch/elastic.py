@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from torch.distributed.elastic.events.api import Event, EventSource
@@ -10,6 +11,7 @@ from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from launch.forked import ranks_are_forked
 from launch.ranks import Node, RankFiles
 from train.lifetime import EXIT_CODE_FILE
 
@@ -54,6 +56,7 @@ def run_to_end(
     endpoint: str,
     run_id: str,
     started: Callable[[dict[int, int]], None],
+    forked: bool,
 ) -> dict[int, int]:
     """Run the ranks of this node until all are gone.
 
@@ -67,6 +70,7 @@ def run_to_end(
         endpoint: HOST:PORT where torch opens the store in which the ranks meet, on node 0.
         run_id: name of this attempt.
         started: called with {rank: process id} when all of this node run.
+        forked: whether the ranks are forks of this process, and `command` says only what they do.
 
     Returns:
         {rank: exit code} of the ranks of this node, negative for a signal.
@@ -97,7 +101,8 @@ def run_to_end(
     # torch replaces ${local_rank} in arguments.
     arguments = [text.replace("$", "$$") for text in (*_IN_ONE_LOG, *command)]
     try:
-        elastic_launch(config, "/bin/sh")(*arguments)
+        with ranks_are_forked() if forked else nullcontext():
+            elastic_launch(config, "/bin/sh")(*arguments)
     except ChildFailedError as error:
         failures = {rank: failure.exitcode for rank, failure in error.failures.items()}
     else:

@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil
 
-from train.lifetime import LAUNCHER_PID, adopt_orphans
+from train.lifetime import ALLOCATOR, LAUNCHER_PID, adopt_orphans
 from train.stop import (
     ALARM_EXIT_CODE,
     SAVED_EXIT_CODES,
@@ -178,7 +178,15 @@ class Runner:
     """The process that starts the ranks of this node: `launch.runner`."""
 
     def __init__(
-        self, run_dir: Path, logs: Path, *, module: str, node: Node, endpoint: str, threads: int
+        self,
+        run_dir: Path,
+        logs: Path,
+        *,
+        module: str,
+        node: Node,
+        endpoint: str,
+        threads: int,
+        backend: str,
     ) -> None:
         """Start it.
 
@@ -189,6 +197,7 @@ class Runner:
             node: which ranks.
             endpoint: HOST:PORT where the ranks of all nodes meet, on node 0.
             threads: OMP_NUM_THREADS of a rank.
+            backend: `parallel.backend` of the recipe.
         """
         self._logs = logs
         self._files = RunnerFiles(logs, node.number)
@@ -197,6 +206,7 @@ class Runner:
         command = [sys.executable, "-m", "launch.runner", str(run_dir), f"--logs={logs}"]
         command += [f"--module={module}", f"--endpoint={endpoint}", f"--ranks={node.ranks}"]
         command += [f"--node={node.number}", f"--nodes={node.count}"]
+        command += [f"--backend={backend}"]
         inherited = {
             name: value
             for name, value in os.environ.items()
@@ -206,6 +216,8 @@ class Runner:
             "OMP_NUM_THREADS": str(threads),
             "PYTHONSAFEPATH": "1",  # a `train.py` in the user's directory must not shadow ours
             LAUNCHER_PID: str(os.getpid()),
+            # read when a process starts, which a forked rank does not
+            "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", ALLOCATOR),
         }
         with self.log.open("wb") as output, held_until_installed():
             self._process = subprocess.Popen(

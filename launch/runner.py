@@ -14,26 +14,18 @@ from launch.ranks import Node, RankFiles, RunnerFiles
 from train.lifetime import LAUNCHER_PID, die_with_parent, fast_imports
 from train.stop import SAVED_EXIT_CODES
 
-_ALLOCATOR = ":".join(
-    [
-        "glibc.malloc.hugetlb=1",
-        "glibc.malloc.mmap_threshold=4294967296",
-        "glibc.malloc.trim_threshold=8589934592",
-        "glibc.malloc.top_pad=67108864",
-    ]
-)
-"""Keeps freed host memory in the rank. By default glibc returns large blocks to the kernel after
-each use, and faulting them in again costs a CPU run a tenth of its speed and more."""
-
 
 def main() -> int:
     """Run the ranks to their end; returns the exit code of this node: 0, 85, 86 or 1."""
     die_with_parent()
     options = _parse()
     os.environ[LAUNCHER_PID] = str(os.getpid())
-    os.environ.setdefault("GLIBC_TUNABLES", _ALLOCATOR)
     with fast_imports():
         from launch.elastic import run_to_end  # noqa: PLC0415 - not before die_with_parent
+
+        forked = _can_fork(options.backend)
+        if forked and options.module.startswith("train."):
+            import train.loop  # noqa: F401, PLC0415 - all of a rank, once
 
     node = Node(number=options.node, count=options.nodes, ranks=options.ranks)
     files = RunnerFiles(options.logs, node.number)
@@ -43,6 +35,7 @@ def main() -> int:
         node=node,
         endpoint=options.endpoint,
         run_id=f"{options.run_dir.name}-{options.logs.name}",
+        forked=forked,
         started=lambda pids: _write(files.pids, pids),
     )
     codes = {rank: code or _stopped(options.logs, rank) for rank, code in seen.items()}
@@ -50,11 +43,22 @@ def main() -> int:
     return max(codes.values()) if set(codes.values()) <= {0, *SAVED_EXIT_CODES} else 1
 
 
+def _can_fork(backend: str) -> bool:
+    """Whether ranks can be forks of this process.
+
+    Drivers of accelerators do not survive a fork, nor do some libraries of other systems than Linux.
+    """
+    from parallel.backend.select import computes_on_host  # noqa: PLC0415 - imports torch
+
+    return sys.platform == "linux" and computes_on_host(backend)
+
+
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m launch.runner", allow_abbrev=False)
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     parser.add_argument("--logs", type=Path, required=True, help="folder of this attempt")
     parser.add_argument("--module", required=True, help="what a rank runs with RUN_DIR")
+    parser.add_argument("--backend", required=True, help="`parallel.backend` of the recipe")
     parser.add_argument("--ranks", type=int, required=True, help="how many, on this node")
     parser.add_argument("--node", type=int, required=True, help="number of this node, from 0")
     parser.add_argument("--nodes", type=int, required=True, help="how many")

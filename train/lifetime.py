@@ -22,6 +22,17 @@ LAUNCHER_PID = "MNEME_LAUNCHER_PID"
 EXIT_CODE_FILE = "MNEME_EXIT_CODE_FILE"
 """Environment variable by which the runner tells a rank where to leave its exit code."""
 
+ALLOCATOR = ":".join(
+    [
+        "glibc.malloc.hugetlb=1",
+        "glibc.malloc.mmap_threshold=4294967296",
+        "glibc.malloc.trim_threshold=8589934592",
+        "glibc.malloc.top_pad=67108864",
+    ]
+)
+"""Keeps freed host memory in the rank. By default glibc returns large blocks to the kernel after
+each use, and faulting them in again costs a CPU run a tenth of its speed and more."""
+
 _TORCH_AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 
 _PR_SET_PDEATHSIG = 1

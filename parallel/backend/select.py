@@ -26,6 +26,17 @@ BACKENDS: MappingProxyType[str, type[Backend]] = MappingProxyType(
 """By the name that a recipe uses."""
 
 
+def computes_on_host(name: str) -> bool:
+    """Whether the backend of a recipe needs no accelerator; `select_backend` says what else is wrong.
+
+    Args:
+        name: as below.
+    """
+    wanted = os.environ.get("MNEME_BACKEND") or name
+    chosen = _detect() if wanted == "auto" else wanted
+    return chosen in BACKENDS and not issubclass(BACKENDS[chosen], AcceleratorBackend)
+
+
 def select_backend(name: str) -> Backend:
     """The backend of a recipe, checked to be usable here, with its default environment set.
 

@@ -1,8 +1,9 @@
 """What checkpoints cost: `mneme bench checkpoint`.
 
 Two ranks save 1.5 GB of weights and AdamW's states with the code of the training loop, and read them
-back. Beside that, in turns, each rank writes as many bytes to a file of its own and makes them durable,
-and reads such a file that the operating system does not keep in memory: that is what the disk can do.
+back. Beside that, in turns that begin with another one each round, each rank writes as many bytes to a
+file of its own and makes them durable, and reads such a file that the operating system does not keep in
+memory: that is what the disk can do.
 Saves include the hashes, the manifest and the commit, and, like the writes, not the removal of older
 ones. The ranks have the allocator's settings of a run. Medians over the rounds.
 

@@ -47,12 +47,14 @@ class Launcher:
         deadline: float,
         module: str,
         restarts: int,
+        backend: str = "cpu",
     ) -> None:
         self.run_dir = run_dir
         self.process = subprocess.Popen(
             [sys.executable, "-c", LAUNCHER]
             + [str(word) for word in (run_dir, ranks, deadline, module, restarts)],
-            env=os.environ | {"TOY": json.dumps(toy), "PYTHONPATH": str(ROOT)},
+            env=os.environ
+            | {"TOY": json.dumps(toy), "PYTHONPATH": str(ROOT), "MNEME_BACKEND": backend},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

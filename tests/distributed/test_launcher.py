@@ -24,10 +24,17 @@ def launch(tmp_path: Path) -> Iterator[Callable[..., Launcher]]:
         ranks: int = 2,
         deadline: float = 10.0,
         module: str = "tests.distributed.toy_rank",
+        backend: str = "cpu",
         **toy: Any,
     ) -> Launcher:
         launcher = Launcher(
-            tmp_path, toy, ranks=ranks, deadline=deadline, module=module, restarts=0
+            tmp_path,
+            toy,
+            ranks=ranks,
+            deadline=deadline,
+            module=module,
+            restarts=0,
+            backend=backend,
         )
         started.append(launcher)
         return started[-1]
@@ -38,8 +45,31 @@ def launch(tmp_path: Path) -> Iterator[Callable[..., Launcher]]:
         launcher.process.communicate()
 
 
-def test_ranks_meet_over_gloo_and_leave_logs_and_a_status(launch: Callable[..., Launcher]) -> None:
-    launcher = launch(gloo=True)
+BOTH_WAYS = pytest.mark.parametrize(
+    "backend", ["cpu", pytest.param("cuda", marks=pytest.mark.slow)]
+)
+"""Ranks are forks of the runner where no driver is, and else programs of their own."""
+
+
+@pytest.mark.parametrize(
+    ("backend", "program"), [("cpu", "launch.runner"), ("cuda", "tests.distributed.toy_rank")]
+)
+def test_ranks_are_forks_only_where_no_driver_is(
+    launch: Callable[..., Launcher], backend: str, program: str
+) -> None:
+    launcher = launch(steps=10**6, backend=backend)
+    launcher.wait_for_both()
+    command = psutil.Process(int((launcher.run_dir / "pid-0").read_text())).cmdline()
+    launcher.process.send_signal(signal.SIGTERM)
+    assert command[command.index("-m") + 1] == program
+    assert launcher.finish()[0] == 85
+
+
+@BOTH_WAYS
+def test_ranks_meet_over_gloo_and_leave_logs_and_a_status(
+    launch: Callable[..., Launcher], backend: str
+) -> None:
+    launcher = launch(gloo=True, backend=backend)
     code, output = launcher.finish()
     assert code == 0, output
     assert launcher.status == {
@@ -135,10 +165,11 @@ def test_a_rank_that_does_not_save_in_time_is_killed_and_named(
     assert launcher.alive() == []
 
 
+@BOTH_WAYS
 def test_the_rank_that_failed_first_is_named_not_its_victims(
-    launch: Callable[..., Launcher],
+    launch: Callable[..., Launcher], backend: str
 ) -> None:
-    launcher = launch(gloo=True, record=True, crash=[1], steps=10**6)
+    launcher = launch(gloo=True, record=True, crash=[1], steps=10**6, backend=backend)
     code, output = launcher.finish()
     assert code == 1
     assert "rank 1 failed: ValueError: the toy broke" in output
@@ -156,10 +187,16 @@ def test_the_rank_that_failed_first_is_named_not_its_victims(
         ({"bad_exit": [0]}, "rank 0 failed: exit code 3\n  rank 0 on stderr", "0", 3),
     ],
 )
+@BOTH_WAYS
 def test_a_failure_without_a_record_is_explained_and_ends_the_others(
-    launch: Callable[..., Launcher], toy: dict[str, Any], said: str, rank: str, exit_code: int
+    launch: Callable[..., Launcher],
+    backend: str,
+    toy: dict[str, Any],
+    said: str,
+    rank: str,
+    exit_code: int,
 ) -> None:
-    launcher = launch(steps=10**6, child=[0, 1], **toy)
+    launcher = launch(steps=10**6, child=[0, 1], backend=backend, **toy)
     code, output = launcher.finish()
     assert code == 1
     assert said in output

@@ -109,7 +109,8 @@ def test_a_stop_request_while_waiting_to_start_again_ends_the_run(
 NANO = [
     *("train.global_batch_size=4", "train.micro_batch_size=1", "data.sequence_length=32"),
     *("parallel.data_parallel_size=2", "parallel.expert_parallel_size=2", "train.steps=8"),
-    *("checkpoint.every_steps=3", "evaluate.every_steps=0", "optim.warmup_steps=3"),
+    *("checkpoint.every_steps=3", "checkpoint.asynchronous=false", "evaluate.every_steps=0"),
+    "optim.warmup_steps=3",
     *("model.hidden_size=32", "model.num_layers=2", "model.vocab_size=512"),
     *("monitor.wandb=false", "monitor.tensorboard=false", "launch.threads_per_rank=1"),
 ]

@@ -16,6 +16,8 @@ import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from launch.ranks import RunnerFiles
+from launch.run_dir import last_attempt_logs
 from parallel.engram_reader import open_tables
 
 STEPS = 9
@@ -66,12 +68,10 @@ def wait_for_step(run_dir: Path, step: int, process: "subprocess.Popen[str]") ->
 
 
 def ranks_of(run_dir: Path) -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        command = process.info["cmdline"] or []
-        if "train.run" in command and str(run_dir) in command:
-            found.append(process)
-    return found
+    logs = last_attempt_logs(run_dir)
+    assert logs is not None
+    pids: dict[str, int] = json.loads(RunnerFiles(logs, node=0).pids.read_text())
+    return [psutil.Process(pid) for pid in pids.values() if psutil.pid_exists(pid)]
 
 
 def tensors(checkpoint: Path, scratch: Path) -> dict[str, Any]:

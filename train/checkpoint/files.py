@@ -1,4 +1,4 @@
-"""How torch DCP writes and reads files here: hashed as they are written, and read ahead.
+"""How torch DCP writes and reads files here: hashed as they are written, and read to where they go.
 
 The files are DCP's own, as any program with torch reads them.
 """
@@ -6,15 +6,18 @@ The files are DCP's own, as any program with torch reads them.
 import hashlib
 import io
 import os
-from collections.abc import Generator, Iterable
+from collections.abc import Generator
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import cast
 
 import torch.futures
+from torch import Tensor
+from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.planner import (
+    LoadItemType,
     LoadPlan,
     LoadPlanner,
     ReadItem,
@@ -28,10 +31,8 @@ from train.checkpoint.manifest import FileHash
 
 _BEGIN_BYTES = 1 << 24
 """The drive begins to write so many bytes of a file while the next ones are hashed."""
-_AHEAD_BYTES = 1 << 26
-"""A drive is asked for so many bytes while as many are copied."""
-_REQUEST_BYTES = 1 << 20
-"""Of one request: of a longer one the system may leave out the end."""
+_LARGE_BYTES = 1 << 20
+"""Of a stored tensor that is worth a look at how it lies in the file."""
 
 
 class HashingWriter(FileSystemWriter):
@@ -59,8 +60,10 @@ class HashingWriter(FileSystemWriter):
         return list(self._files.hashes.values())
 
 
-class AheadReader(FileSystemReader):
-    """DCP's reader; the drive already works on the next tensors while some are copied.
+class DirectReader(FileSystemReader):
+    """DCP's reader; large tensors are read to where they go, by way of no other memory, in one piece.
+
+    Of one that lies in the checkpoint in other pieces, only what is needed is read.
 
     Args:
         path: directory of the checkpoint.
@@ -68,40 +71,53 @@ class AheadReader(FileSystemReader):
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> torch.futures.Future[None]:
         """Read what a rank needs into its tensors, in the order of the files."""
-        ahead, *others = self._groups(plan.items) or [[]]
-        self._ask_for(ahead)
-        for following in [*others, []]:
-            self._ask_for(following)
-            read = super().read_data(LoadPlan(ahead), planner)
-            ahead = following
-        return read
+        others = list[ReadItem]()
+        for name, items in groupby(sorted(plan.items, key=self._place), key=self._file):
+            with (Path(self.path) / name).open("rb", buffering=0) as stream:
+                others += [item for item in items if not self._read(item, planner, stream)]
+        return super().read_data(LoadPlan(others), planner)
 
-    def _groups(self, items: Iterable[ReadItem]) -> list[list[ReadItem]]:
-        """What is read at a time; several tensors, or a large one."""
-        groups: list[list[ReadItem]] = []
-        room = 0
-        for item in sorted(items, key=self._place):
-            if room <= 0:
-                groups.append([])
-                room = _AHEAD_BYTES
-            groups[-1].append(item)
-            room -= self.storage_data[item.storage_index].length
-        return groups
+    def _read(self, item: ReadItem, planner: LoadPlanner, stream: io.FileIO) -> bool:
+        """Read a large tensor; False if it is none, or if it does not lie in the file as in memory."""
+        found = self.storage_data[item.storage_index]
+        if item.type != LoadItemType.TENSOR or found.length < _LARGE_BYTES:
+            return False
+        # Without its bytes. They begin where torch has noted it.
+        whole = torch.load(self._slice_file(stream, found), map_location="meta", weights_only=True)
+        begin = found.offset + whole.untyped_storage()._checkpoint_offset
+        stored = narrow_tensor_by_index(whole, item.storage_offsets, item.lengths)
+        if not stored.is_contiguous():
+            return False
+        target = planner.resolve_tensor(item).detach()
+        assert stored.shape == target.shape
+        room = target if _takes_bytes_of(target, stored) else torch.empty_like(stored, device="cpu")
+        stream.seek(begin + stored.storage_offset() * stored.element_size())
+        _fill(room.flatten().view(torch.uint8).numpy().data, stream)
+        if room is not target:
+            target.copy_(room)
+        planner.commit_tensor(item, target)
+        return True
 
     def _place(self, item: ReadItem) -> tuple[str, int]:
         found = self.storage_data[item.storage_index]
         return found.relative_path, found.offset
 
-    def _ask_for(self, items: Iterable[ReadItem]) -> None:
-        """Have the system read parts of files into its memory; returns before it has."""
-        parts = [self.storage_data[item.storage_index] for item in items]
-        for name, of_file in groupby(parts, key=lambda part: part.relative_path):
-            with (Path(self.path) / name).open("rb", buffering=0) as stream:
-                for part in of_file:
-                    end = part.offset + part.length
-                    for begin in range(part.offset, end, _REQUEST_BYTES):
-                        length = min(_REQUEST_BYTES, end - begin)
-                        os.posix_fadvise(stream.fileno(), begin, length, os.POSIX_FADV_WILLNEED)
+    def _file(self, item: ReadItem) -> str:
+        return self._place(item)[0]
+
+
+def _takes_bytes_of(target: Tensor, stored: Tensor) -> bool:
+    same_type = target.dtype == stored.dtype and not target.is_conj() and not target.is_neg()
+    return same_type and target.is_cpu and target.is_contiguous()
+
+
+def _fill(room: memoryview, stream: io.FileIO) -> None:
+    done = 0
+    while done < len(room):
+        number = stream.readinto(room[done:])
+        if not number:
+            raise EOFError(f"{stream.name!r} ends {len(room) - done} bytes too early")
+        done += number
 
 
 class _HashingFiles(FileSystem):

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from train.checkpoint.commit import Choice, choose, clean_up, holds_only_weights
-from train.checkpoint.files import AheadReader
+from train.checkpoint.files import DirectReader
 from train.checkpoint.tables import TableCheckpoint
 from train.engine import DataEngine
 from train.events import append_event
@@ -141,7 +141,7 @@ def restore(
         tables.check(path, run_dir)
     if holds_only_weights(path):
         state = engine.state(only_weights=True) | _buffers(model)
-        load(state, storage_reader=AheadReader(path))
+        load(state, storage_reader=DirectReader(path))
         engine.load_state(state)
         if tables:
             tables.restore(path)
@@ -154,7 +154,7 @@ def restore(
     state = engine.state() | _buffers(model) | {f"data.{lane}": "" for lane in lanes}
     if meta["world_size"] == dist.get_world_size():
         state[f"rng.{dist.get_rank()}"] = rng_state
-    load(state, storage_reader=AheadReader(path))
+    load(state, storage_reader=DirectReader(path))
     engine.load_state(state)
     if tables:
         tables.restore(path)

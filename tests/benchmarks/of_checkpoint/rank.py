@@ -3,13 +3,15 @@
 `python -m tests.benchmarks.of_checkpoint.rank FOLDER ROUNDS` prints it as JSON.
 """
 
+import gc
 import json
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -22,7 +24,6 @@ from torch.distributed.tensor import DTensor, Shard
 
 from parallel.backend.cpu import CpuBackend
 from tests.harness import run_distributed
-from train.checkpoint.commit import checkpoint_path
 from train.checkpoint.saver import CheckpointSaver
 from train.checkpoint.state import Progress, restore
 from train.config import CheckpointConfig
@@ -64,6 +65,7 @@ class Engine:
 
 def measure(rank: int, folder: Path, rounds: int) -> tuple[int, Seconds]:
     """Bytes of all ranks, and the seconds of each kind of work in each round, the first a warm-up."""
+    gc.freeze()  # as a run has it, see `train.lifetime.fast_imports`
     engine, model = Engine(), SimpleNamespace(state_dict=dict, named_buffers=tuple)
     group = dist.new_group(backend="gloo")
     found: Seconds = {}
@@ -94,22 +96,41 @@ def measure(rank: int, folder: Path, rounds: int) -> tuple[int, Seconds]:
     waits, behind = saver(asynchronous=False), saver(asynchronous=True)
     data = folder / f"raw-{rank}"
     content = torch.cat([v.to_local().flatten() for v in engine.state().values()]).numpy()
-    for step in range(1, 2 * rounds + 3, 2):
-        timed("raw write", lambda: write(data, content.data.cast("B")))
-        drop(data)
-        timed("raw read", lambda: read(data, content.data.cast("B")))
-        data.unlink()
-        timed("save", partial(waits.save, progress(step)))
-        timed("blocked", partial(behind.save, progress(step + 1)))
+    steps = count(1)
+
+    def save_behind() -> None:
+        timed("blocked", partial(behind.save, progress(next(steps))))
         timed("behind", behind.wait)
+
+    writes: list[Callable[[], None]] = [
+        lambda: timed("raw write", lambda: write(data, content.data.cast("B"))),
+        lambda: timed("save", lambda: waits.save(progress(next(steps)))),
+        save_behind,
+    ]
+    reads: list[Callable[[], None]] = [
+        lambda: timed("raw read", lambda: read(data, content.data.cast("B"))),
+        lambda: timed("load", lambda: load(folder, model, engine)),
+    ]
+    for number in range(rounds + 1):
+        # Who comes first differs: a drive may be faster after a rest, and memory that was in use before.
+        for work in rotated(writes, number):
+            work()
         dist.barrier()
-        for path in checkpoint_path(folder, step + 1).rglob("*"):
+        for path in (data, *(folder / "checkpoints").rglob("*")):
             drop(path)
-        timed("load", lambda: load(folder, model, engine))
+        for work in rotated(reads, number):
+            work()
         dist.barrier()
+        data.unlink()
         if rank == 0:
             shutil.rmtree(folder / "checkpoints")
     return engine.num_bytes * dist.get_world_size(), found
+
+
+def rotated(works: Sequence[Callable[[], None]], number: int) -> list[Callable[[], None]]:
+    """All of them, beginning with another one each time."""
+    begin = number % len(works)
+    return [*works[begin:], *works[:begin]]
 
 
 def progress(step: int) -> Progress:

@@ -16,7 +16,7 @@ import parallel
 from parallel.backend.base import AcceleratorBackend, Backend
 from parallel.backend.cambricon import CambriconBackend
 from parallel.backend.cuda import CudaBackend
-from parallel.backend.select import BACKENDS, select_backend
+from parallel.backend.select import BACKENDS, computes_on_host, select_backend
 from parallel.config import BACKENDS_WITHOUT_FP64, BackendName
 
 ROOT = Path(parallel.__file__).resolve().parents[1]
@@ -55,6 +55,25 @@ def test_auto_follows_torch_and_falls_back_to_the_host(
     monkeypatch.setattr(CudaBackend, "why_unavailable", lambda self: None)
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
     assert select_backend("auto").name == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "override", "expected"),
+    [
+        *(("cpu", None, True), ("simulated", None, True), ("dry", None, True)),
+        *(("cuda", None, False), ("ascend", None, False), ("abacus", None, False)),
+        *(("cuda", "cpu", True), ("cpu", "cuda", False), ("auto", None, False)),
+    ],
+)
+def test_which_backends_compute_on_the_host(
+    monkeypatch: pytest.MonkeyPatch, name: str, override: str | None, expected: bool
+) -> None:
+    found = torch.device("cuda")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: found)
+    monkeypatch.delenv("MNEME_BACKEND", raising=False)
+    if override:
+        monkeypatch.setenv("MNEME_BACKEND", override)
+    assert computes_on_host(name) is expected
 
 
 def test_auto_warns_of_an_installed_package_that_is_broken(
