@@ -43,7 +43,7 @@ def mneme(*arguments: str) -> "subprocess.Popen[str]":
 
 
 def finish(process: "subprocess.Popen[str]", code: int) -> str:
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=200)
     assert process.returncode == code, output
     return output
 
@@ -60,7 +60,7 @@ def determined(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def wait_for_step(run_dir: Path, step: int, process: "subprocess.Popen[str]") -> None:
-    deadline = time.monotonic() + 50
+    deadline = time.monotonic() + 200
     while not (run_dir / "metrics.jsonl").exists() or len(records(run_dir)) < step:
         assert time.monotonic() < deadline, "the run never got there"
         assert process.poll() is None, process.communicate()[0]
@@ -123,7 +123,7 @@ def test_kill_9_of_all_ranks_then_resume_is_bitwise_the_same_run(
     wait_for_step(run_dir, kill_after_step, process)
     for rank in ranks_of(run_dir):
         rank.kill()
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=200)
     assert process.returncode not in (0, 2, 85)
     assert "SIGKILL" in output
     finish(mneme("resume", str(run_dir)), 0)
@@ -158,13 +158,13 @@ def test_torchs_own_launcher_runs_the_same_ranks(uninterrupted: Path, tmp_path: 
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run(
-        [*torchrun, "-m", "train.run", str(run_dir)], check=True, timeout=60, env=environment
+        [*torchrun, "-m", "train.run", str(run_dir)], check=True, timeout=200, env=environment
     )
     assert_same_run(run_dir, uninterrupted, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(900)
 def test_tables_in_host_memory_survive_kill_9_bitwise_too(recipe: Path, tmp_path: Path) -> None:
     """Saved in every step, with a new base after every few, and killed again and again."""
     host = [*TRAIN, "parallel.engram.storage=memory", "checkpoint.every_steps=1", "train.steps=24"]
@@ -175,7 +175,7 @@ def test_tables_in_host_memory_survive_kill_9_bitwise_too(recipe: Path, tmp_path
         wait_for_step(run_dir, step, process)
         for rank in ranks_of(run_dir):
             rank.kill()
-        process.communicate(timeout=60)
+        process.communicate(timeout=200)
         process = mneme("resume", str(run_dir))
     finish(process, 0)
     assert determined(run_dir) == determined(reference)
