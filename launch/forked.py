@@ -13,7 +13,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NoReturn
 from unittest.mock import patch
 
 from torch.distributed.elastic.multiprocessing import api
@@ -44,23 +43,28 @@ class _ForkedRank(SubprocessHandler):
 class _Process:
     """A fork of this process; as much of `subprocess.Popen` as torch's launcher uses."""
 
-    def __init__(self, body: Callable[[], NoReturn]) -> None:
+    def __init__(self, body: Callable[[], int]) -> None:
         """Start it; returns when it leads a session of its own.
 
         Args:
-            body: what it does.
+            body: what it does; returns its exit code.
         """
         sys.stdout.flush()
         sys.stderr.flush()
         reading, writing = os.pipe()
         self.pid = os.fork()
         if self.pid == 0:
+            code = 1
             try:
                 os.setsid()
                 os.close(writing)
-                body()
+                code = body()
+            except BaseException:
+                traceback.print_exc()
             finally:
-                os._exit(1)
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
         os.close(writing)
         os.read(reading, 1)  # the end of the pipe
         os.close(reading)
@@ -90,7 +94,7 @@ class _Process:
 
 def _become_rank(
     module: str, arguments: Sequence[str], environment: Mapping[str, str], log: int
-) -> NoReturn:
+) -> int:
     """Run a module as a new interpreter would run it: `python -m MODULE ARGUMENTS`."""
     os.dup2(log, sys.stdout.fileno())
     os.dup2(log, sys.stderr.fileno())
@@ -100,14 +104,10 @@ def _become_rank(
     for number in (signal.SIGHUP, signal.SIGQUIT, signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)  # torch's launcher handles them
     sys.argv = [module, *arguments]
-    code = 0
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
-    except SystemExit as exit_:
-        code = exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    except SystemExit as leaves:
+        if not isinstance(leaves.code, int | None):
+            raise
+        return leaves.code or 0
+    return 0

@@ -32,8 +32,7 @@ def computes_on_host(name: str) -> bool:
     Args:
         name: as below.
     """
-    wanted = os.environ.get("MNEME_BACKEND") or name
-    chosen = _detect() if wanted == "auto" else wanted
+    _, _, chosen = _choose(name)
     return chosen in BACKENDS and not issubclass(BACKENDS[chosen], AcceleratorBackend)
 
 
@@ -49,9 +48,7 @@ def select_backend(name: str) -> Backend:
         ValueError: there is no backend of that name.
         RuntimeError: the backend cannot be used on this machine; says why and what to set.
     """
-    override = os.environ.get("MNEME_BACKEND")
-    wanted, source = (override, "MNEME_BACKEND") if override else (name, "parallel.backend")
-    chosen = _detect() if wanted == "auto" else wanted
+    source, wanted, chosen = _choose(name)
     if chosen not in BACKENDS:
         raise ValueError(f"{source}={wanted}: no such backend; use auto, {', '.join(BACKENDS)}")
     backend = BACKENDS[chosen]()
@@ -66,6 +63,13 @@ def select_backend(name: str) -> Backend:
     return backend
 
 
+def _choose(name: str) -> tuple[str, str, str]:
+    """Who names the backend, the name, and the backend, which `auto` stands for."""
+    override = os.environ.get("MNEME_BACKEND")
+    source, wanted = ("MNEME_BACKEND", override) if override else ("parallel.backend", name)
+    return source, wanted, _detect() if wanted == "auto" else wanted
+
+
 def _detect() -> str:
     """Name of the backend that drives torch's current accelerator; `cpu` without one of ours.
 
@@ -75,7 +79,7 @@ def _detect() -> str:
     """
     for kind in BACKENDS.values():
         if issubclass(kind, AcceleratorBackend) and (reason := kind().load()):
-            warnings.warn(f"backend {kind.name} cannot be used here: {reason}", stacklevel=3)
+            warnings.warn(f"backend {kind.name} cannot be used here: {reason}", stacklevel=4)
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is not None:
         for name, backend in BACKENDS.items():

@@ -23,6 +23,7 @@ from torch import nn
 
 from launch.bench import Row
 from tests.benchmarks.of_device.clock import Device
+from train.lifetime import ALLOCATOR
 from train.model.attention.compressed import HybridAttention
 from train.model.attention.config import CompressedConfig, IndexerConfig, MlaConfig
 from train.model.attention.dsa import SparseLatentAttention
@@ -94,8 +95,7 @@ DENSE = "dense MLA"
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     # Otherwise glibc hands every large block back to the kernel, and page faults are what is timed.
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296"
-    ":glibc.malloc.trim_threshold=8589934592:glibc.malloc.top_pad=67108864",
+    "GLIBC_TUNABLES": ALLOCATOR,
 }
 
 

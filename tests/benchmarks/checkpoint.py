@@ -22,12 +22,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
-
 from launch.bench import Row
-from launch.ranks import RunnerFiles
-from launch.run_dir import last_attempt_logs, last_record
-from tests.benchmarks.parallel import GLIBC_TUNABLES
+from launch.run_dir import last_record
+from tests.distributed.launching import ranks_of
+from train.lifetime import ALLOCATOR
 
 ROUNDS = 3
 RANKS = 4
@@ -42,7 +40,7 @@ def run() -> list[Row]:
 def bandwidths() -> list[Row]:
     """By the code of the training loop, in two processes."""
     module = "tests.benchmarks.of_checkpoint.rank"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLIBC_TUNABLES": GLIBC_TUNABLES}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLIBC_TUNABLES": ALLOCATOR}
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
         command = [sys.executable, "-m", module, folder, str(ROUNDS)]
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment).stdout
@@ -149,11 +147,3 @@ def resumed_after(run_dir: Path, time_: float) -> float:
     rows = map(json.loads, (run_dir / "events.jsonl").read_text().splitlines())
     steps = [row["step"] for row in rows if row["event"] == "resume" and row["time"] > time_]
     return max(steps, default=float("inf"))
-
-
-def ranks_of(run_dir: Path) -> list[psutil.Process]:
-    """The rank processes of the newest attempt."""
-    logs = last_attempt_logs(run_dir)
-    assert logs is not None
-    pids: dict[str, int] = json.loads(RunnerFiles(logs, node=0).pids.read_text())
-    return [psutil.Process(pids[rank]) for rank in sorted(pids)]

@@ -20,6 +20,7 @@ import torch
 from launch.bench import Row
 from parallel.initialize import fill_parameters
 from tests.benchmarks.of_device.clock import Device
+from train.lifetime import ALLOCATOR
 from train.model.attention.config import MlaConfig
 from train.model.config import HyperConnectionConfig, ModelConfig
 from train.model.initialize import parameter_init
@@ -35,15 +36,6 @@ TOKENS = {True: 2048, False: 8192}
 """On the host, and on an accelerator."""
 ON_DEVICE = ((2048, "bf16"), (4096, "bf16"))
 """Hidden sizes and types that are measured there."""
-GLIBC_TUNABLES = ":".join(
-    f"glibc.malloc.{name}={value}"
-    for name, value in (
-        ("hugetlb", 1),
-        ("mmap_threshold", 2**32),
-        ("trim_threshold", 2**33),
-        ("top_pad", 2**26),
-    )
-)
 
 
 class Kind(NamedTuple):
@@ -64,7 +56,7 @@ KINDS = (
 
 def run() -> list[Row]:
     """Measure every width and type in a process of its own."""
-    environment = os.environ | {"GLIBC_TUNABLES": GLIBC_TUNABLES, "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"GLIBC_TUNABLES": ALLOCATOR, "OMP_NUM_THREADS": "1"}
     on_host = itertools.product(TARGETS, DTYPES)
     rows = []
     for hidden, dtype in on_host if Device().is_host else ON_DEVICE:

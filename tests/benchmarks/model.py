@@ -29,6 +29,7 @@ from parallel.cross_entropy import summed_cross_entropy
 from tests.benchmarks.of_device.clock import Device
 from tests.parity.test_model_v3 import transformers_model
 from tests.unit.train.model.tiny import build
+from train.lifetime import ALLOCATOR
 from train.model.attention.config import MlaConfig
 from train.model.config import ModelConfig
 from train.model.initialize import parameter_init
@@ -38,8 +39,7 @@ from train.model.transformer import Transformer
 SETTINGS = {
     "OMP_NUM_THREADS": "1",
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16384",
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296:"
-    "glibc.malloc.trim_threshold=8589934592:glibc.malloc.top_pad=67108864",
+    "GLIBC_TUNABLES": ALLOCATOR,
 }
 RATIO = {"bf16": 1.6, "fp32": 1.15}
 """Promised on a processor, by type."""

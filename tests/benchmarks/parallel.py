@@ -30,17 +30,9 @@ from typing import Any
 from launch.bench import Row
 from tests.benchmarks.of_parallel.rank import Measured, Size, make_corpus
 from tests.benchmarks.of_parallel.schedule import Action, bubble
+from train.lifetime import ALLOCATOR
 
 ROUNDS, WARM_UP = 7, 1
-GLIBC_TUNABLES = ":".join(
-    f"glibc.malloc.{name}={value}"
-    for name, value in (
-        ("hugetlb", 1),
-        ("mmap_threshold", 2**32),
-        ("trim_threshold", 2**33),
-        ("top_pad", 2**26),
-    )
-)
 FORMULA_TOLERANCE = 0.15
 
 
@@ -268,7 +260,7 @@ class Ranks:
         keys = {"reshard_after_forward": False, **parallel}
         request = {"size": asdict(size), "parallel": keys, "corpus": str(corpus)}
         environment = os.environ | {
-            "GLIBC_TUNABLES": GLIBC_TUNABLES,
+            "GLIBC_TUNABLES": ALLOCATOR,
             "OMP_NUM_THREADS": "1",
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(free_port()),

@@ -11,6 +11,9 @@ from typing import Any
 
 import psutil
 
+from launch.ranks import RunnerFiles
+from launch.run_dir import last_attempt_logs
+
 ROOT = Path(__file__).parents[2]
 LAUNCHER = """
 import sys
@@ -106,3 +109,11 @@ def is_alive(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def ranks_of(run_dir: Path) -> list[psutil.Process]:
+    """The rank processes of the newest attempt on node 0, in order, without those that are gone."""
+    logs = last_attempt_logs(run_dir)
+    assert logs is not None
+    pids: dict[str, int] = json.loads(RunnerFiles(logs, node=0).pids.read_text())
+    return [psutil.Process(pids[r]) for r in sorted(pids, key=int) if psutil.pid_exists(pids[r])]

@@ -11,14 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from launch.ranks import RunnerFiles
-from launch.run_dir import last_attempt_logs
 from parallel.engram_reader import open_tables
+from tests.distributed.launching import ranks_of
 
 STEPS = 9
 TRAIN = [
@@ -65,13 +63,6 @@ def wait_for_step(run_dir: Path, step: int, process: "subprocess.Popen[str]") ->
         assert time.monotonic() < deadline, "the run never got there"
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.01)
-
-
-def ranks_of(run_dir: Path) -> list[psutil.Process]:
-    logs = last_attempt_logs(run_dir)
-    assert logs is not None
-    pids: dict[str, int] = json.loads(RunnerFiles(logs, node=0).pids.read_text())
-    return [psutil.Process(pid) for pid in pids.values() if psutil.pid_exists(pid)]
 
 
 def tensors(checkpoint: Path, scratch: Path) -> dict[str, Any]:
