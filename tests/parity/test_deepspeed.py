@@ -386,7 +386,9 @@ def test_a_run_goes_on_in_another_engine(
     base = replace(
         base,
         parallel=replace(base.parallel, engram=EngramTableConfig(storage=storage)),
-        optim=replace(base.optim, schedule="constant"),
+        # Nothing is clipped: the norm's last bit, which depends on the processor and on the order of
+        # its sum, would be in all gradients.
+        optim=replace(base.optim, schedule="constant", max_grad_norm=10.0),
         checkpoint=CheckpointConfig(every_steps=2, keep_last=9),
         evaluate=EvaluateConfig(every_steps=2, num_sequences=4),
         monitor=MonitorConfig(tensorboard=False, wandb=False),
@@ -411,7 +413,8 @@ def test_a_run_goes_on_in_another_engine(
     for name, value in expected.items():
         # The last entries of a fused kernel's tensor may be rounded otherwise.
         error = np.abs(found[name] - value).max()
-        assert error <= (1e-9 if same else 2e-6), (name, error)
+        close = 1e-5 if "table" in name else 2e-6  # tables learn at 5e-3, all else at 1e-3
+        assert error <= (1e-9 if same else close), (name, error)
     ours, theirs = np.array(losses(tmp_path / "parts")), np.array(losses(tmp_path / "whole"))
     assert len(ours) == 4
     np.testing.assert_allclose(ours, theirs, rtol=2e-7 if same else 1e-6)
