@@ -15,6 +15,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _CACHE_LINE = 64
+_TOGETHER, _AHEAD = 8, 8
+"""Cache lines that memory is asked for at once, and how many rows before they are needed."""
 
 
 def compiled(function: Callable[P, R]) -> Callable[P, R]:
@@ -22,13 +24,16 @@ def compiled(function: Callable[P, R]) -> Callable[P, R]:
 
     Without fast-math: every operation is rounded as it is written, in the order in which it is
     written, so that results do not depend on the processor and can be compared bit by bit with those
-    of torch.
+    of torch. A division by zero gives what IEEE 754 has for it: a loop that may raise an error works on one
+    number at a time.
 
     Kept code is renewed when the file of the function changes, not when that of a function it calls
     does: who edits a function that other files call removes `parallel/__pycache__/*.nbi`.
     """
     # Tests wrap functions to check shapes; numba needs the bare one.
-    kernel: Callable[P, R] = njit(nogil=True, cache=True)(inspect.unwrap(function))
+    kernel: Callable[P, R] = njit(nogil=True, cache=True, error_model="numpy")(
+        inspect.unwrap(function)
+    )
     return kernel
 
 
@@ -38,7 +43,7 @@ def compiled_into_callers(function: Callable[P, R]) -> Callable[P, R]:
     A call with arrays is some hundred instructions: left to itself the compiler keeps it, and the
     processor then sees too few rows at a time to wait for their memory together.
     """
-    kernel: Callable[P, R] = njit(nogil=True, cache=True, forceinline=True)(
+    kernel: Callable[P, R] = njit(nogil=True, cache=True, error_model="numpy", forceinline=True)(
         inspect.unwrap(function)
     )
     return kernel
@@ -52,7 +57,7 @@ def _prefetch(_typing: Any, _address: Any) -> Any:  # noqa: ANN401 - numba's typ
         pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
         kind = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
         function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
-        # To be written, to be kept in all caches, data.
+        # To be read, to be kept in all caches, data.
         hints = [number(0), number(3), number(1)]
         builder.call(function, [builder.inttoptr(arguments[0], pointer), *hints])
         return context.get_dummy_value()
@@ -61,16 +66,19 @@ def _prefetch(_typing: Any, _address: Any) -> Any:  # noqa: ANN401 - numba's typ
 
 
 @compiled_into_callers
-def prefetch_rows(array: NDArray[Any], rows: NDArray[np.int64], first: int, count: int) -> None:
-    """Ask for `count` rows of a contiguous array, `rows[first]` and on, before they are needed.
+def prefetch_rows(array: NDArray[Any], rows: NDArray[np.int64], place: int) -> None:
+    """Ask for rows of a contiguous array before a loop needs them.
 
-    Rows that lie far apart cost the time of the memory otherwise; the processor cannot guess them. It
-    translates several addresses at a time if the requests follow one another closely; between the
-    arithmetic of one row and of the next, it had to wait for most of them.
+    The loop works on `rows[0]`, `rows[1]` and on, and calls this at every place. Rows that lie far apart
+    cost the time of the memory otherwise; the processor cannot guess them. It translates several addresses
+    at a time if the requests follow one another closely. If they are more than it can note, it waits with
+    the arithmetic.
     """
     size = np.uintp(array.strides[0])
-    start = np.uintp(array.ctypes.data)
-    for place in range(first, min(first + count, rows.shape[0])):
-        row = start + np.uintp(rows[place]) * size
-        for offset in range(0, array.strides[0], _CACHE_LINE):
-            _prefetch(row + np.uintp(offset))
+    together = max(1, _TOGETHER * _CACHE_LINE // max(array.strides[0], _CACHE_LINE))
+    if place % together == 0:
+        first = place + _AHEAD
+        for later in range(first, min(first + together, rows.shape[0])):
+            row = np.uintp(array.ctypes.data) + np.uintp(rows[later]) * size
+            for offset in range(0, array.strides[0], _CACHE_LINE):
+                _prefetch(row + np.uintp(offset))

@@ -17,9 +17,6 @@ from numpy.typing import NDArray
 from parallel.compiled import compiled, compiled_into_callers, prefetch_rows
 from parallel.config import EngramRowDtype
 
-PREFETCH_ROWS = 32
-"""How many rows memory is asked for at once, before the first of them is at work; 16 to 64 are alike."""
-
 Master = type[np.float32] | type[np.float64]
 """Precision of what goes in and out of a table, and of updates: fp64 in fp64 runs."""
 
@@ -208,6 +205,35 @@ def store_row(
             rows[row, column] = values[column]
 
 
+@compiled_into_callers
+def subtract_from_row(  # noqa: PLR0917 - numba has no keyword-only arguments
+    rows: NDArray[Any],
+    scales: Float[np.ndarray, "rows"] | None,
+    row: int,
+    change: Float[np.ndarray, "width"],
+    room: Float[np.ndarray, "width"],
+    rounding: Rounding,
+) -> None:
+    """Change a stored row where it lies.
+
+    Args:
+        rows: see `load_row`.
+        scales: see `load_row`.
+        row: which.
+        change: of the master's type.
+        room: like `change`; overwritten.
+        rounding: see `store_row`.
+    """
+    if scales is not None or rows.itemsize == 2:
+        load_row(rows, scales, row, room)
+        for column in range(change.shape[0]):
+            room[column] -= change[column]
+        store_row(rows, scales, row, room, rounding)
+    else:
+        for column in range(change.shape[0]):
+            rows[row, column] -= change[column]
+
+
 @compiled
 def gather_rows(
     rows: NDArray[Any],
@@ -217,6 +243,5 @@ def gather_rows(
 ) -> None:
     """Write stored rows, in the order of `local`, into `out`; see `load_row`."""
     for place in range(local.shape[0]):
-        if place % PREFETCH_ROWS == 0:
-            prefetch_rows(rows, local, place, PREFETCH_ROWS)
+        prefetch_rows(rows, local, place)
         load_row(rows, scales, local[place], out[place])

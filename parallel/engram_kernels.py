@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 
 from parallel.compiled import compiled, compiled_into_callers, prefetch_rows
-from parallel.engram_formats import PREFETCH_ROWS, Rounding, load_row, store_row
+from parallel.engram_formats import Rounding, subtract_from_row
 
 EXPONENTS = 160
 """Norms from 2^-160 to 2^160 are told apart."""
@@ -39,27 +39,26 @@ def adam(
 ) -> None:
     """See `LazyAdam`; `constants` are 1 - beta1, beta2, 1 - beta2 and eps."""
     number, (new1, beta2, new2, eps) = gradients.dtype.type, constants
-    values = np.empty(gradients.shape[1], gradients.dtype)
+    width = gradients.shape[1]
+    change, room = np.empty(width, gradients.dtype), np.empty(width, gradients.dtype)
     for place in range(local.shape[0]):
-        if place % PREFETCH_ROWS == 0:
-            prefetch_rows(rows, local, place, PREFETCH_ROWS)
-            prefetch_rows(exp_avg, local, place, PREFETCH_ROWS)
-            prefetch_rows(exp_avg_sq, local, place, PREFETCH_ROWS)
-            prefetch_rows(num_updates, local, place, PREFETCH_ROWS)
+        prefetch_rows(rows, local, place)
+        prefetch_rows(exp_avg, local, place)
+        prefetch_rows(exp_avg_sq, local, place)
+        prefetch_rows(num_updates, local, place)
         row = local[place]
         num_updates[row] += 1
         count = min(num_updates[row], corrections.shape[0]) - 1
         rate = number(learning_rate * corrections[count, 0])
         root = number(corrections[count, 1])
-        load_row(rows, scales, row, values)
-        for column in range(values.shape[0]):
+        for column in range(width):
             gradient = scale * gradients[place, column]
             mean, square = exp_avg[row, column], exp_avg_sq[row, column]
             mean += new1 * (gradient - mean)
             square = beta2 * square + new2 * (gradient * gradient)
             exp_avg[row, column], exp_avg_sq[row, column] = mean, square
-            values[column] -= rate * mean / (np.sqrt(square) * root + eps)
-        store_row(rows, scales, row, values, rounding)
+            change[column] = rate * mean / (np.sqrt(square) * root + eps)
+        subtract_from_row(rows, scales, row, change, room, rounding)
 
 
 @compiled
@@ -76,21 +75,22 @@ def adagrad(
 ) -> None:
     """See `RowAdagrad`; `rate` is that of learning times the gradients' scale."""
     number, width = gradients.dtype.type, gradients.shape[1]
-    values = np.empty(width, gradients.dtype)
+    change, room = np.empty(width, gradients.dtype), np.empty(width, gradients.dtype)
     for place in range(local.shape[0]):
-        if place % PREFETCH_ROWS == 0:
-            prefetch_rows(rows, local, place, PREFETCH_ROWS)
-            prefetch_rows(sum_of_squares, local, place, PREFETCH_ROWS)
+        prefetch_rows(rows, local, place)
+        prefetch_rows(sum_of_squares, local, place)
         row, total = local[place], number(0)
-        # One chain of additions: the processor does those of several rows at a time.
+        # The products by themselves, several at a time, for their sum is one chain of additions: the
+        # processor does those of several rows at a time, if nothing else is between them.
         for column in range(width):
-            total += gradients[place, column] * gradients[place, column]
+            room[column] = gradients[place, column] * gradients[place, column]
+        for column in range(width):
+            total += room[column]
         sum_of_squares[row] += squared_scale * total / number(width)
         factor = rate / (np.sqrt(sum_of_squares[row]) + eps)
-        load_row(rows, scales, row, values)
         for column in range(width):
-            values[column] -= factor * gradients[place, column]
-        store_row(rows, scales, row, values, rounding)
+            change[column] = factor * gradients[place, column]
+        subtract_from_row(rows, scales, row, change, room, rounding)
 
 
 @compiled
@@ -111,8 +111,7 @@ def advance_momentum(
     """
     old, new = constants
     for place in range(local.shape[0]):
-        if place % PREFETCH_ROWS == 0:
-            prefetch_rows(momentum, local, place, PREFETCH_ROWS)
+        prefetch_rows(momentum, local, place)
         row, total = local[place], 0.0
         for column in range(gradients.shape[1]):
             gradient = scale * gradients[place, column]
@@ -158,15 +157,14 @@ def apply_balanced(
     rounding: Rounding,
 ) -> None:
     """Last pass of `SinkhornMomentum`: rows are normalized once more, and move by `rate` times that."""
-    roots, values = np.sqrt(columns), np.empty(direction.shape[1], direction.dtype)
+    roots, width = np.sqrt(columns), direction.shape[1]
+    change, room = np.empty(width, direction.dtype), np.empty(width, direction.dtype)
     for place in range(local.shape[0]):
-        if place % PREFETCH_ROWS == 0:
-            prefetch_rows(rows, local, place, PREFETCH_ROWS)
+        prefetch_rows(rows, local, place)
         factor = rate * np.sqrt(_inverse_square(direction, place, columns))
-        load_row(rows, scales, local[place], values)
-        for column in range(direction.shape[1]):
-            values[column] -= factor * (direction[place, column] * roots[column])
-        store_row(rows, scales, local[place], values, rounding)
+        for column in range(width):
+            change[column] = factor * (direction[place, column] * roots[column])
+        subtract_from_row(rows, scales, local[place], change, room, rounding)
 
 
 @compiled_into_callers
