@@ -38,7 +38,7 @@ class Size:
     """The model and the batch, the same for every layout."""
 
     hidden: int = 512
-    layers: int = 4
+    layers: int = 8
     vocabulary: int = 1024
     length: int = 256
     sequences: int = 8
