@@ -106,7 +106,6 @@ def test_two_nodes_train_to_the_end_with_the_losses_of_one(
 def test_a_job_that_is_preempted_saves_is_queued_again_and_goes_on(
     slurm: Slurm, recipe: Path, on_one_node: Path, tmp_path: Path
 ) -> None:
-    """USR1 to the batch script is what Slurm sends before the time limit."""
     run_dir = tmp_path / "preempted"
     job = submit(slurm, recipe, run_dir)
     slurm.wait_for(lambda: len(rows(run_dir)) >= 2, 300)
@@ -136,3 +135,26 @@ def test_a_job_that_is_asked_to_end_saves_and_is_not_queued_again(
     status = json.loads((run_dir / "status.json").read_text())
     assert status["state"] == "stopped"
     assert (run_dir / status["last_checkpoint"]).is_dir()
+
+
+def test_slurm_itself_lets_a_job_save_before_its_time_is_over(
+    slurm: Slurm, recipe: Path, tmp_path: Path
+) -> None:
+    """It looks for such jobs every half a minute."""
+    run_dir = tmp_path / "limited"
+    job = submit(slurm, recipe, run_dir, "train.steps=100000", "checkpoint.every_steps=100000")
+    slurm.wait_for(lambda: len(rows(run_dir)) >= 2, 300)
+    # The minutes that it has run, and at most two more.
+    hours, minutes, _ = slurm.field(job, "RunTime").split(":")
+    limit = 60 * int(hours) + int(minutes) + 2
+    assert slurm.run("scontrol", "update", f"JobId={job}", f"TimeLimit={limit}") == ""
+    slurm.wait_for(lambda: slurm.field(job, "Restarts") == "1", 180)
+    assert "queued again: exit code 85" in log(run_dir)
+    before = rows(run_dir)[-1]["step"]
+    slurm.wait_for(lambda: rows(run_dir)[-1]["step"] > before, 300)
+    steps = [row["step"] for row in rows(run_dir)]
+    assert steps == list(range(1, len(steps) + 1))
+    slurm.run("scancel", "--signal=TERM", job)
+    slurm.wait_for(lambda: slurm.state(job) not in ("RUNNING", "COMPLETING"), 120)
+    resumed = [row for row in rows(run_dir, "events.jsonl") if row["event"] == "resume"]
+    assert [row["step"] for row in resumed] == [before]
