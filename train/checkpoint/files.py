@@ -117,8 +117,9 @@ class DirectReader(FileSystemReader):
         whole: Tensor = torch.load(
             self._slice_file(stream, found), map_location="meta", weights_only=True
         )
-        stream.seek(found.offset)
-        self._seen[found.length] = stream.read(_content_offset(whole)), whole
+        if begin := _content_offset(whole):  # an empty tensor has none
+            stream.seek(found.offset)
+            self._seen[found.length] = stream.read(begin), whole
         return whole
 
     def _found(self, item: ReadItem) -> _StorageInfo:

@@ -120,6 +120,7 @@ def test_files_of_equal_layout_are_taken_apart_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values = {f"{number}": matrix() for number in range(5)}
+    values |= {"none": torch.empty(0, 3), "nothing": torch.empty(0, 5)}
     values |= {"wide": matrix().view(COLUMNS, ROWS), "integers": torch.ones(ROWS, COLUMNS).int()}
     saved(tmp_path / "c", **values)
     torch_load, seen = torch.load, list[object]()
@@ -132,8 +133,8 @@ def test_files_of_equal_layout_are_taken_apart_once(
     found = read(tmp_path / "c", **{name: torch.zeros_like(v) for name, v in values.items()})
     for name, value in values.items():
         assert torch.equal(found[name], value), name
-    # Files of one size take turns: at most one more time for each of the two that differ.
-    assert 3 <= len(seen) <= 5
+    # Files of one size take turns: at most one more time for each of the two that differ; empty ones each.
+    assert 3 <= len(seen) <= 7
 
 
 @pytest.mark.parametrize("dim", [0, 1])
