@@ -15,8 +15,9 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _CACHE_LINE = 64
-_TOGETHER, _AHEAD = 8, 8
-"""Cache lines that memory is asked for at once, and how many rows before they are needed."""
+_TOGETHER, _FAR, _NEAR = 4, 12, 4
+"""Rows whose first cache line is asked for at once, how many rows before they are needed, and how many
+rows before the rest of a row is asked for."""
 
 
 def compiled(function: Callable[P, R]) -> Callable[P, R]:
@@ -70,15 +71,19 @@ def prefetch_rows(array: NDArray[Any], rows: NDArray[np.int64], place: int) -> N
     """Ask for rows of a contiguous array before a loop needs them.
 
     The loop works on `rows[0]`, `rows[1]` and on, and calls this at every place. Rows that lie far apart
-    cost the time of the memory otherwise; the processor cannot guess them. It translates several addresses
-    at a time if the requests follow one another closely. If they are more than it can note, it waits with
-    the arithmetic.
+    cost the time of the memory otherwise; the processor cannot guess them.
+
+    The first request for a row has its address translated, which may take as long as the memory itself.
+    Several translations run at a time if their requests follow one another closely, so those of some
+    rows come together. The rest of a row is asked for later, row by row: the processor notes few
+    requests, and waits with the arithmetic when there are more.
     """
-    size = np.uintp(array.strides[0])
-    together = max(1, _TOGETHER * _CACHE_LINE // max(array.strides[0], _CACHE_LINE))
-    if place % together == 0:
-        first = place + _AHEAD
-        for later in range(first, min(first + together, rows.shape[0])):
-            row = np.uintp(array.ctypes.data) + np.uintp(rows[later]) * size
-            for offset in range(0, array.strides[0], _CACHE_LINE):
-                _prefetch(row + np.uintp(offset))
+    size, start = np.uintp(array.strides[0]), np.uintp(array.ctypes.data)
+    if place % _TOGETHER == 0:
+        first = place + _FAR
+        for later in range(first, min(first + _TOGETHER, rows.shape[0])):
+            _prefetch(start + np.uintp(rows[later]) * size)
+    if place + _NEAR < rows.shape[0]:
+        row = start + np.uintp(rows[place + _NEAR]) * size
+        for offset in range(_CACHE_LINE, array.strides[0], _CACHE_LINE):
+            _prefetch(row + np.uintp(offset))

@@ -210,16 +210,18 @@ def subtract_from_row(  # noqa: PLR0917 - numba has no keyword-only arguments
     rows: NDArray[Any],
     scales: Float[np.ndarray, "rows"] | None,
     row: int,
+    factor: np.floating[Any],
     change: Float[np.ndarray, "width"],
     room: Float[np.ndarray, "width"],
     rounding: Rounding,
 ) -> None:
-    """Change a stored row where it lies.
+    """Subtract `factor * change` from a stored row where it lies.
 
     Args:
         rows: see `load_row`.
         scales: see `load_row`.
         row: which.
+        factor: of the master's type.
         change: of the master's type.
         room: like `change`; overwritten.
         rounding: see `store_row`.
@@ -227,11 +229,11 @@ def subtract_from_row(  # noqa: PLR0917 - numba has no keyword-only arguments
     if scales is not None or rows.itemsize == 2:
         load_row(rows, scales, row, room)
         for column in range(change.shape[0]):
-            room[column] -= change[column]
+            room[column] -= factor * change[column]
         store_row(rows, scales, row, room, rounding)
     else:
         for column in range(change.shape[0]):
-            rows[row, column] -= change[column]
+            rows[row, column] -= factor * change[column]
 
 
 @compiled

@@ -72,7 +72,7 @@ class LazyAdam:
     """Adam whose moments and bias corrections follow a row's own updates.
 
         m <- m + (1 - beta1) (g - m)        v <- beta2 v + (1 - beta2) g^2        t <- t + 1
-        w <- w - lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+        w <- w - lr / (1 - beta1^t) [m / (sqrt(v) / sqrt(1 - beta2^t) + eps)]
 
     t counts the updates of this row (the corrections are computed in fp64). With every row touched in
     every step this is `torch.optim.AdamW` without decay. Else it deviates from it: dense Adam goes on
@@ -118,8 +118,9 @@ class RowAdagrad:
 
         s <- s + scale^2 (G_1^2 + ... + G_n^2) / n        w <- w - lr scale / (sqrt(s) + eps) G
 
-    with g = scale G, summed from the first column to the last. It is row-wise Adagrad as DLRM and
-    FBGEMM have it. A row of n numbers needs 1/n of the state of Adagrad, 1/2n of Adam's.
+    with g = scale G. The squares add up in eight sums, column by column in turn (the last n mod 8 columns
+    in the first sum), and the sums in halves, the second to the first, until one is left. It is row-wise
+    Adagrad as DLRM and FBGEMM have it. A row of n numbers needs 1/n of the state of Adagrad, 1/2n of Adam's.
     """
 
     eps: float

@@ -7,6 +7,10 @@ time. Layouts and ideal take turns, and every ratio is between neighbours in tim
 rounds. The share in communication is the time that a rank's thread spends inside collectives and
 waits, those for the slower rank included.
 
+Work is equal: experts are chosen by token id, which gives all of them nearly the same number of tokens.
+A router that has not trained sends most tokens of a sequence to a few experts, and ranks that hold
+different ones wait for each other; what that costs stands beside.
+
 The bubble of a pipeline is the part of the ranks' time in which they run no pass, sum no gradients and
 let no tensor leave, between the first and the last of these. Beside it stands what the order of the
 schedule makes of the time that each of them took, with transfers that take as long as one that has the
@@ -24,7 +28,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +50,8 @@ class Layout:
     """Keys of the recipe's `parallel`. Parameters stay gathered within a step."""
     target: float | None = None
     """Promised part of the ideal."""
+    learned_choice: bool = False
+    """See `Size`; the ideal chooses by token id all the same."""
 
 
 def pipeline(schedule: str, stages_per_rank: int) -> dict[str, Any]:
@@ -61,6 +67,11 @@ LAYOUTS = (
     Layout(name="dp2", parallel={"data_parallel_size": 2}, target=0.8),
     Layout(
         name="dp2 ep2", parallel={"data_parallel_size": 2, "expert_parallel_size": 2}, target=0.8
+    ),
+    Layout(
+        name="dp2 ep2, router untrained",
+        parallel={"data_parallel_size": 2, "expert_parallel_size": 2},
+        learned_choice=True,
     ),
     Layout(name="cp2", parallel={"context_parallel_size": 2}),
     Layout(name="tp2", parallel={"tensor_parallel_size": 2}, target=0.5),
@@ -89,7 +100,8 @@ def measure(size: Size, rounds: int) -> list[Row]:
         alone = [stack.enter_context(Ranks(size, {}, 1, corpus)) for _ in range(2)]
         rows, running = list[Row](), list[tuple[Layout, Ranks]]()
         for layout in LAYOUTS:
-            ranks = stack.enter_context(Ranks(size, layout.parallel, 2, corpus))
+            its_size = replace(size, learned_choice=layout.learned_choice)
+            ranks = stack.enter_context(Ranks(its_size, layout.parallel, 2, corpus))
             if ranks.refused is None:
                 running.append((layout, ranks))
             else:

@@ -15,7 +15,7 @@ from parallel.config import EngramRowDtype
 from parallel.engram_optimizers import LazyAdam, RowAdagrad, RowOptimizer, SinkhornMomentum
 from parallel.engram_rows import RowStore
 
-ROUNDS, SETS = 11, 6
+ROUNDS, SETS = 31, 6
 OPTIMIZERS: dict[str, RowOptimizer] = {
     "lazy Adam": LazyAdam(0.9, 0.999, 1e-8),
     "row-wise Adagrad": RowAdagrad(1e-8),

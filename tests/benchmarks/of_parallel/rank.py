@@ -37,6 +37,9 @@ from train.training import Training
 class Size:
     """The model and the batch, the same for every layout."""
 
+    learned_choice: bool = False
+    """Of experts: by a router that has not trained, else by token id."""
+
     hidden: int = 512
     layers: int = 8
     vocabulary: int = 1024
@@ -78,7 +81,11 @@ def recipe(size: Size, parallel: ParallelConfig, corpus: Path) -> RunConfig:
                 qk_rope_head_dim=32,
                 v_head_dim=64,
             ),
-            moe=MoeConfig(num_experts=8, expert_intermediate_size=hidden // 2),
+            moe=MoeConfig(
+                num_experts=8,
+                expert_intermediate_size=hidden // 2,
+                num_hash_layers=0 if size.learned_choice else size.layers,
+            ),
         ),
         parallel=parallel,
         data=DataConfig(

@@ -18,7 +18,7 @@ from train.optim import sinkhorn_momentum
 ADAM = LazyAdam(0.9, 0.99, 1e-8)
 SINKHORN = SinkhornMomentum(0.9, 0.2)
 OPTIMIZERS: list[RowOptimizer] = [ADAM, RowAdagrad(1e-8), SINKHORN]
-WIDTH = 12
+WIDTH = 20
 Step = tuple[NDArray[np.int64], NDArray[Any]]
 
 
