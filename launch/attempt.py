@@ -12,16 +12,8 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Protocol
 
-from launch.ranks import (
-    FailureOrder,
-    Node,
-    Rank,
-    Runner,
-    available_cores,
-    first_failure,
-    no_survivors,
-    order_of_failure,
-)
+from launch.host import available_cores, no_survivors
+from launch.ranks import FailureOrder, Node, Rank, Runner, first_failure, order_of_failure
 from train.config import RunConfig
 from train.stop import ALARM_EXIT_CODE, STOPPED_EXIT_CODE
 

@@ -21,8 +21,9 @@ from launch.attempt import (
     wait_until,
 )
 from launch.crew import LOST_EXIT_CODE, Crew
+from launch.host import reserved_port
 from launch.progress import ProgressLine
-from launch.ranks import Node, reserved_port
+from launch.ranks import Node
 from launch.restarts import Restart, Restarts
 from launch.run_dir import held, next_attempt, write_status
 from launch.validate import world_size

@@ -10,18 +10,17 @@ others 30 s. What the runner and the ranks have to tell lies in files beside the
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from train.lifetime import ALLOCATOR, LAUNCHER_PID, adopt_orphans
+from train.lifetime import ALLOCATOR, LAUNCHER_PID
 from train.stop import (
     ALARM_EXIT_CODE,
     SAVED_EXIT_CODES,
@@ -263,26 +262,6 @@ class Runner:
         return "\n  ".join([f"the runner of the ranks failed: {how}", *_last_lines(self.log)])
 
 
-@contextmanager
-def no_survivors() -> Iterator[None]:
-    """Kill, at the end, every process that was started in here, and wait until it is gone.
-
-    That includes children of a rank which outlived it: they are handed to this process.
-    """
-    before = set(psutil.Process().children())
-    adopt_orphans(True)
-    try:
-        yield
-    finally:
-        # The children of those that are killed are handed to us, too, and are next.
-        while survivors := [c for c in psutil.Process().children() if c not in before]:
-            for process in survivors:
-                with suppress(psutil.NoSuchProcess):
-                    process.kill()
-            psutil.wait_procs(survivors)
-        adopt_orphans(False)
-
-
 FailureOrder = tuple[bool, float, bool]
 """The smaller one happened earlier, or explains the larger one."""
 
@@ -304,26 +283,6 @@ def order_of_failure(rank: Rank) -> FailureOrder:
     ended = rank.exit_code == -signal.SIGTERM
     from_outside = (rank.exit_code or 0) < 0 and not ended and rank.failed_at == float("inf")
     return not from_outside, rank.failed_at, ended
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-@contextmanager
-def reserved_port(host: str = "127.0.0.1") -> Iterator[int]:
-    """A TCP port that nobody else is given until rank 0 listens on it; host "": of all addresses.
-
-    The socket stays bound but never listens: the system hands the port to nobody who asks for any
-    port, while a store that asks for this one by number may bind it, since both allow reuse.
-    """
-    with socket.socket() as holder:
-        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        holder.bind((host, 0))
-        yield int(holder.getsockname()[1])
 
 
 def _numbers(path: Path) -> dict[int, int]:

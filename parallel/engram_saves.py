@@ -14,7 +14,6 @@ Rows are numbered within their layers, so any number of ranks, with any layers, 
 goes on with it.
 """
 
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -35,19 +34,15 @@ from parallel.engram_chain import (
     read_manifest,
 )
 from parallel.engram_dirty import DirtyRows
-from parallel.engram_files import (
-    FileEntry,
-    RowFile,
+from parallel.engram_files import FileEntry, RowFile, TablePlace, as_records, check_file
+from parallel.engram_rows import Marks
+from parallel.engram_write import (
+    BackgroundWriter,
     Section,
-    StoppedError,
-    TablePlace,
-    as_records,
-    check_file,
     copy_rows_of,
     sections_of,
     write_file,
 )
-from parallel.engram_rows import Marks
 
 SCRATCH = "engram-base.tmp"
 """Beside the checkpoints: bases that are not whole. What a run finds there when it starts is worthless."""
@@ -148,7 +143,7 @@ class TableSaver:
         self._base_is_due = False
         self._base_step: int | None = None
         """Last save before the base was begun that is being written; the same on all ranks."""
-        self._base: _BaseWriter | None = None
+        self._base: BackgroundWriter | None = None
         self._arrays: ArrayTypes = jobs.submit(self._attach).result() if jobs else {}
 
     def take(self) -> Taken:
@@ -293,7 +288,7 @@ class TableSaver:
         extra = sum(generation.rows for generation in self._chain) - touched
         self._base_is_due = saves >= self._max_saves or extra > self._max_extra * touched
 
-    def _begin_base(self, store: Store) -> "_BaseWriter | None":
+    def _begin_base(self, store: Store) -> BackgroundWriter | None:
         size = sum(as_records(array).dtype.itemsize for array in store.arrays.values())
         rows = None
         if len(self._touched) * (size + 8) < self._touched.num_rows * size:
@@ -304,7 +299,7 @@ class TableSaver:
         scratch = self._source.parents[1] / SCRATCH
         scratch.mkdir(exist_ok=True)
         path = scratch / f"{dist.get_rank():05d}"
-        return _BaseWriter(path, store, sections)
+        return BackgroundWriter(path, dict(store.arrays), sections, ahead=store.prefault)
 
     def _differences(self, manifest: Manifest) -> list[str]:
         """Why the rows of a chain are not those of this rank's tables."""
@@ -324,41 +319,6 @@ class TableSaver:
                 for rows in file.copy_rows(table, self._rank, self._ranks, store.arrays):
                     self._touched.mark(rows)
         return len(self._touched)
-
-
-class _BaseWriter(threading.Thread):
-    """Writes sections of the live arrays of a store to a file, in the background."""
-
-    def __init__(self, path: Path, store: Store, sections: Sequence[Section]) -> None:
-        super().__init__(name="engram base", daemon=True)
-        self.path, self._sections = path, sections
-        self._arrays, self._prefault = dict(store.arrays), store.prefault
-        self._stop_request = threading.Event()
-        self.entry: FileEntry | None = None
-        """Once the file is whole."""
-        self.error: Exception | None = None
-        self.start()
-
-    def run(self) -> None:
-        """Write the file."""
-        try:
-            self.entry = write_file(
-                self.path,
-                self._arrays,
-                self._sections,
-                ahead=self._prefault,
-                stop=self._stop_request,
-            )
-        except StoppedError:
-            pass
-        except Exception as error:  # raised in the next save
-            self.error = error
-
-    def stop(self) -> None:
-        """Give up; the file is gone when this returns."""
-        self._stop_request.set()
-        self.join()
-        self.path.unlink(missing_ok=True)
 
 
 def _file_name(kind: str, step: int) -> str:

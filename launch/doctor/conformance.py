@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from launch.doctor.row import Row
-from launch.ranks import reserved_port
+from launch.host import reserved_port
 
 _START_SECONDS = 120.0
 """Until a rank has imported torch."""

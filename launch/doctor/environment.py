@@ -13,7 +13,7 @@ import psutil
 
 import launch
 from launch.doctor.row import Row
-from launch.ranks import available_cores
+from launch.host import available_cores
 
 _GIB = 1 << 30
 _MIN_MEMORY = 4 * _GIB

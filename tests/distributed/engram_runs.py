@@ -10,7 +10,7 @@ import numpy as np
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from parallel import engram_files
+from parallel import engram_files, engram_write
 from parallel.engram_chain import FOLDER, read_manifest, write_manifest
 from parallel.engram_dirty import DirtyRows
 from parallel.engram_files import TablePlace
@@ -192,11 +192,12 @@ def kinds(checkpoint: Path) -> list[tuple[str, int]]:
 
 def write_slowly(pause: Callable[[], None], chunk_bytes: int = 256) -> None:
     """Let files be written and read in small pieces in this process, with a pause before each."""
-    chunks = engram_files._chunks
+    chunks = engram_write._chunks
 
     def paused(*args: Any) -> Any:
         for chunk in chunks(*args):
             pause()
             yield chunk
 
-    patch.multiple(engram_files, _chunks=paused, _CHUNK_BYTES=chunk_bytes).start()
+    patch.multiple(engram_files, CHUNK_BYTES=chunk_bytes).start()
+    patch.multiple(engram_write, _chunks=paused, CHUNK_BYTES=chunk_bytes).start()

@@ -271,7 +271,7 @@ def test_only_pages_that_were_written_are_touched(tmp_path: Path) -> None:
 
 
 def a_base_with_zeros(rank: int, run_dir: Path) -> None:
-    from parallel.engram_files import sections_of, write_file  # noqa: PLC0415
+    from parallel.engram_write import sections_of, write_file  # noqa: PLC0415
 
     table = TablePlace(1, 0, ROWS[1])
     arrays = blank(ROWS[1])

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from data.config import DataConfig
+from launch.host import reserved_port
 from launch.node import main
-from launch.ranks import reserved_port
 from parallel.config import ParallelConfig
 from tests.distributed.launching import ROOT, is_alive
 from train.config import LaunchConfig, RunConfig

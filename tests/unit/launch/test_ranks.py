@@ -6,7 +6,8 @@ from pathlib import Path
 
 import psutil
 
-from launch.ranks import Rank, RankFiles, first_failure, no_survivors, reserved_port
+from launch.host import no_survivors, reserved_port
+from launch.ranks import Rank, RankFiles, first_failure
 
 
 def ended(tmp_path: Path, number: int, code: int, recorded_at: float | None = None) -> Rank:
