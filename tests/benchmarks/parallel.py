@@ -21,7 +21,6 @@ that is (ranks - 1) / (ranks - 1 + m) for 1F1B.
 
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -33,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.bench import Row
+from launch.host import reserved_port
 from tests.benchmarks.of_parallel.rank import Measured, Size, make_corpus
 from tests.benchmarks.of_parallel.schedule import Action, bubble
 from train.lifetime import ALLOCATOR
@@ -274,24 +274,30 @@ class Ranks:
     ) -> None:
         keys = {"reshard_after_forward": False, **parallel}
         request = {"size": asdict(size), "parallel": keys, "corpus": str(corpus)}
-        environment = os.environ | {
-            "GLIBC_TUNABLES": ALLOCATOR,
-            "OMP_NUM_THREADS": "1",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free_port()),
-            "WORLD_SIZE": str(world_size),
-        }
-        self.processes = [
-            subprocess.Popen(
-                [sys.executable, "-m", "tests.benchmarks.of_parallel.rank", json.dumps(request)],
-                env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(world_size)
-        ]
-        answers = [self._answer(process) for process in self.processes]
+        with reserved_port() as port:
+            environment = os.environ | {
+                "GLIBC_TUNABLES": ALLOCATOR,
+                "OMP_NUM_THREADS": "1",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "WORLD_SIZE": str(world_size),
+            }
+            self.processes = [
+                subprocess.Popen(
+                    [
+                        sys.executable,
+                        "-m",
+                        "tests.benchmarks.of_parallel.rank",
+                        json.dumps(request),
+                    ],
+                    env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                )
+                for rank in range(world_size)
+            ]
+            answers = [self._answer(process) for process in self.processes]
         self.refused: str | None = answers[0]["refused"]
         self.transfer: float = answers[0].get("transfer", 0.0)
         """Seconds between two ranks of a pipeline."""
@@ -337,11 +343,3 @@ def step_together(alone: Sequence[Ranks]) -> float:
         ranks.begin_step()
     speeds = [1.0 / measured.seconds for ranks in alone for measured in ranks.end_step()]
     return 1.0 / sum(speeds)
-
-
-def free_port() -> int:
-    """A port that nobody listens at."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
